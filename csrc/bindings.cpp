@@ -1,0 +1,189 @@
+// resnet_reg_ext._C: the native core as Python sees it. No torch header, no torch library.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "build_info.h"
+#include "cuda/plan.h"
+#include "prox_sgd.h"
+#include "tensors.h"
+
+namespace py = pybind11;
+using namespace prox_sgd;
+
+namespace {
+
+cpu::Simd simd_level = cpu::simd_supported(cpu::Simd::avx2) ? cpu::Simd::avx2 : cpu::Simd::baseline;
+
+const char* name_of(cpu::Simd level) { return level == cpu::Simd::avx2 ? "avx2" : "baseline"; }
+
+std::vector<std::string> simd_levels() {
+  std::vector<std::string> levels;
+  for (const cpu::Simd level : {cpu::Simd::baseline, cpu::Simd::avx2}) {
+    if (cpu::simd_supported(level)) levels.emplace_back(name_of(level));
+  }
+  return levels;
+}
+
+void set_simd_level(const std::string& name) {
+  for (const cpu::Simd level : {cpu::Simd::baseline, cpu::Simd::avx2}) {
+    if (name != name_of(level)) continue;
+    if (!cpu::simd_supported(level)) {
+      throw std::invalid_argument("SIMD level '" + name + "' is not supported by this processor");
+    }
+    simd_level = level;
+    return;
+  }
+  throw std::invalid_argument("SIMD level '" + name + "' is unknown: 'baseline' or 'avx2'");
+}
+
+DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::float32;
+  if (name == "float64") return DType::float64;
+  if (name == "float16") return DType::float16;
+  if (name == "bfloat16") return DType::bfloat16;
+  throw std::invalid_argument("dtype '" + name + "' is unknown");
+}
+
+Options options(double lr, double momentum, double dampening, double weight_decay, double l1,
+                bool nesterov, bool maximize, bool proximal, bool first) {
+  return {lr, momentum, dampening, weight_decay, l1, nesterov, maximize, proximal, first};
+}
+
+void run(const TensorReader& reader, const Reading& reading, double lr, double momentum,
+         double dampening, double weight_decay, double l1, bool nesterov, bool maximize,
+         bool proximal, bool first, int threads) {
+  const Options o = options(lr, momentum, dampening, weight_decay, l1, nesterov, maximize, proximal,
+                            first);
+  for (const Bucket& bucket : reading.buckets) {
+    if (bucket.device_type == dlpack::kCUDA) {
+      void* stream = reader.current_stream(bucket.device_type, bucket.device_id);
+      const py::gil_scoped_release release;
+      cuda::prox_sgd(bucket.triples, bucket.dtype, o, bucket.device_id, stream);
+    } else {
+      const py::gil_scoped_release release;
+      cpu::prox_sgd(bucket.triples, bucket.dtype, o, simd_level, threads);
+    }
+  }
+}
+
+using Address = std::uintptr_t;
+
+py::list plan_cuda(const std::string& dtype,
+                   const std::vector<std::tuple<Address, Address, Address, int64_t>>& triples,
+                   double lr, double momentum, double dampening, double weight_decay, double l1,
+                   bool nesterov, bool maximize, bool proximal, bool first, int64_t capacity) {
+  std::vector<Triple> list;
+  list.reserve(triples.size());
+  for (const auto& [param, grad, buffer, numel] : triples) {
+    if (numel < 0) throw std::invalid_argument("numel must not be negative");
+    list.push_back({reinterpret_cast<void*>(param), reinterpret_cast<const void*>(grad),
+                    reinterpret_cast<void*>(buffer), numel});
+  }
+  py::list launches;
+  for (const cuda::Launch& launch : cuda::plan(
+           list, dtype_named(dtype),
+           options(lr, momentum, dampening, weight_decay, l1, nesterov, maximize, proximal, first),
+           capacity)) {
+    py::dict entry;
+    entry["kernel"] = launch.kernel;
+    entry["grid"] = launch.grid;
+    entry["block"] = launch.block;
+    entry["parameters"] = py::bytes(reinterpret_cast<const char*>(launch.parameters.data()),
+                                    launch.parameters.size());
+    launches.append(std::move(entry));
+  }
+  return launches;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = PROX_SGD_VERSION;
+  info["compiler"] = PROX_SGD_COMPILER;
+  info["sanitizers"] = PROX_SGD_SANITIZERS;
+  info["cuda_toolkit"] = cuda::toolkit_version();
+  info["cuda_architectures"] = PROX_SGD_CUDA_ARCHITECTURES;
+  info["cuda_flags"] = PROX_SGD_CUDA_FLAGS;
+  info["cuda_left_out_because"] = PROX_SGD_CUDA_LEFT_OUT;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Native core of resnet_reg_ext: the fused ProxSGD step on CPU and CUDA.";
+
+  py::class_<Reading>(m, "Reading", "Tensors that were read and checked; borrows their memory.")
+      .def_property_readonly(
+          "misfits",
+          [](const Reading& reading) {
+            py::list misfits;
+            for (const Misfit& misfit : reading.misfits) {
+              misfits.append(py::make_tuple(misfit.index, misfit.reason == Unfit::layout,
+                                            misfit.reason == Unfit::no_cuda,
+                                            describe(misfit.reason)));
+            }
+            return misfits;
+          },
+          "(index, differs in layout only, lacks a usable CUDA device, reason in words) for each "
+          "triple that no bucket took.")
+      .def_property_readonly(
+          "buckets",
+          [](const Reading& reading) {
+            py::list buckets;
+            for (const Bucket& bucket : reading.buckets) {
+              buckets.append(
+                  py::make_tuple(bucket.device_type, bucket.device_id, bucket.triples.size()));
+            }
+            return buckets;
+          },
+          "(DLPack device type, device index, tensors) for each bucket.");
+
+  py::class_<TensorReader>(m, "TensorReader", "Reads lists of torch tensors through DLPack.")
+      .def(py::init([](py::object exchange_api, py::object describe, py::object stream,
+                       py::object tensor_type, py::object parameter_type) {
+             return std::make_unique<TensorReader>(exchange_api.ptr(), describe.ptr(), stream.ptr(),
+                                                   tensor_type.ptr(), parameter_type.ptr());
+           }),
+           py::arg("exchange_api").none(true), py::arg("describe"), py::arg("stream"),
+           py::arg("tensor_type"), py::arg("parameter_type"))
+      .def_property_readonly("has_exchange_api", &TensorReader::has_exchange_api)
+      .def(
+          "read",
+          [](const TensorReader& reader, py::list params, py::list grads, py::object momenta) {
+            if (grads.size() != params.size() ||
+                (!momenta.is_none() && (!PyList_Check(momenta.ptr()) ||
+                                        py::len(momenta) != params.size()))) {
+              throw std::invalid_argument("params, grads and momenta must be lists of one length");
+            }
+            return reader.read(params.ptr(), grads.ptr(), momenta.ptr());
+          },
+          py::arg("params"), py::arg("grads"), py::arg("momenta").none(true));
+
+  m.def("prox_sgd_", &run, py::arg("reader"), py::arg("reading"), py::arg("lr"),
+        py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("l1"),
+        py::arg("nesterov"), py::arg("maximize"), py::arg("proximal"), py::arg("first"),
+        py::arg("threads"), "One step on all buckets of a reading, in place.");
+
+  m.def("plan_prox_sgd_cuda", &plan_cuda, py::arg("dtype"), py::arg("triples"), py::arg("lr"),
+        py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("l1"),
+        py::arg("nesterov"), py::arg("maximize"), py::arg("proximal"), py::arg("first"),
+        py::arg("capacity") = 0,
+        "The launches for triples (address of parameter, gradient, momentum; elements): kernel, "
+        "grid, block and parameter bytes of each. Needs no GPU and no CUDA build.");
+
+  m.def("build_info", &build_info, "What this binary was built from.");
+  m.def("simd_levels", &simd_levels, "SIMD levels that this processor can run.");
+  m.def("simd_level", [] { return name_of(simd_level); }, "The SIMD level in use.");
+  m.def("set_simd_level", &set_simd_level, py::arg("name"));
+  m.def("openmp_runtime", &cpu::openmp_runtime, "The OpenMP library in use, or 'none'.");
+  m.def("cuda_driver_version", &cuda::driver_version, "As cuDriverGetVersion; 0 without a driver.");
+  m.def("why_cuda_unusable", &cuda::why_unusable, py::arg("device"),
+        "Why CUDA device `device` can't be used; empty where it can.");
+}

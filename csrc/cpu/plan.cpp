@@ -1,0 +1,24 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace prox_sgd::cpu {
+
+Plan::Plan(const std::vector<Triple>& triples) {
+  starts_.reserve(triples.size());
+  sizes_.reserve(triples.size());
+  for (const Triple& triple : triples) {
+    starts_.push_back(total_);
+    sizes_.push_back(triple.numel);
+    total_ += (triple.numel + kLine - 1) / kLine * kLine;
+  }
+  chunks_ = (total_ + kChunk - 1) / kChunk;
+}
+
+int64_t Plan::tensor_at(int64_t position) const {
+  // The last tensor that starts at or before the position; an empty tensor starts where the next one
+  // does and is thus passed over.
+  return std::upper_bound(starts_.begin(), starts_.end(), position) - starts_.begin() - 1;
+}
+
+}  // namespace prox_sgd::cpu

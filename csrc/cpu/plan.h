@@ -1,0 +1,55 @@
+// Which elements a thread takes.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../prox_sgd.h"
+
+namespace prox_sgd::cpu {
+
+// Cuts a list of tensors, laid end to end, into chunks of equal size. A chunk may hold a piece of
+// one large tensor or many small ones whole, so the work is balanced whatever the sizes are.
+class Plan {
+ public:
+  // Each tensor takes a whole number of lines: no two chunks then write to one line of a tensor that
+  // starts on one.
+  static constexpr int64_t kLine = 64;  // elements
+  static constexpr int64_t kChunk = 512 * kLine;
+
+  explicit Plan(const std::vector<Triple>& triples);
+
+  int64_t chunks() const { return chunks_; }
+
+  struct Piece {
+    int64_t tensor;
+    int64_t begin;  // elements of that tensor
+    int64_t end;
+  };
+
+  // Calls visit(Piece) for every piece of chunk `chunk`, in order.
+  template <typename Visit>
+  void visit(int64_t chunk, Visit&& visit) const {
+    int64_t at = chunk * kChunk;
+    const int64_t stop = at + kChunk < total_ ? at + kChunk : total_;
+    for (int64_t tensor = tensor_at(at); at < stop; ++tensor) {
+      const int64_t next = tensor + 1 < count() ? starts_[tensor + 1] : total_;
+      const int64_t begin = at - starts_[tensor];
+      const int64_t end = (next < stop ? next : stop) - starts_[tensor];
+      const int64_t numel = sizes_[tensor];
+      if (begin < numel) visit(Piece{tensor, begin, end < numel ? end : numel});
+      at = next < stop ? next : stop;
+    }
+  }
+
+ private:
+  int64_t count() const { return static_cast<int64_t>(starts_.size()); }
+  int64_t tensor_at(int64_t position) const;
+
+  std::vector<int64_t> starts_;  // where a tensor starts, counted in elements rounded up to lines
+  std::vector<int64_t> sizes_;
+  int64_t total_ = 0;
+  int64_t chunks_ = 0;
+};
+
+}  // namespace prox_sgd::cpu

@@ -1,0 +1,20 @@
+// Stands in for kernel.cu and launch.cu in a build without CUDA.
+#include <stdexcept>
+
+#include "../prox_sgd.h"
+
+namespace prox_sgd::cuda {
+
+void prox_sgd(const std::vector<Triple>&, DType, const Options&, int, void*) {
+  throw std::runtime_error("ProxSGD: built without CUDA");
+}
+
+const char* why_unusable(int) {
+  return "resnet_reg_ext was built without CUDA: reinstall it with RESNET_REG_EXT_CUDA=1";
+}
+
+int toolkit_version() { return 0; }
+
+int driver_version() { return 0; }
+
+}  // namespace prox_sgd::cuda

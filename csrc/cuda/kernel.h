@@ -1,0 +1,53 @@
+// What a launch hands to the kernel, and the numbers that plan and kernel must agree on.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../prox_sgd_math.h"
+
+namespace prox_sgd::cuda {
+
+// Kernel parameters may take 32,764 bytes from CUDA 12.1 on and 4 KiB before (CUDA C++ Programming
+// Guide, "__global__ function parameters"). Whoever builds may set a smaller size.
+#if !defined(PROX_SGD_PARAMETER_BYTES)
+#if !defined(__CUDACC_VER_MAJOR__) || \
+    __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
+#define PROX_SGD_PARAMETER_BYTES 32764
+#else
+#define PROX_SGD_PARAMETER_BYTES 4096
+#endif
+#endif
+
+constexpr int kThreads = 256;
+constexpr int kUnitBytes = 16;  // one vector access
+constexpr int kUnitsPerBlock = 4 * kThreads;
+
+// A tensor triple in the table. Tensors are laid end to end in units of 16 bytes; a tensor's last
+// unit may be partly filled. Empty tensors are left out.
+struct Entry {
+  void* param;
+  const void* grad;
+  void* momentum;
+  int64_t numel;
+  int64_t first_unit;
+};
+
+template <typename C>
+struct Parameters {
+  static constexpr int kCapacity = static_cast<int>(
+      (PROX_SGD_PARAMETER_BYTES - sizeof(Coefficients<C>) - 2 * sizeof(int64_t)) / sizeof(Entry));
+
+  Coefficients<C> coefficients;
+  int64_t units;  // of all entries together
+  int64_t count;  // entries in use
+  Entry entries[kCapacity];
+};
+
+static_assert(sizeof(Parameters<float>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
+static_assert(sizeof(Parameters<double>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
+
+// The address by which the CUDA runtime knows the kernel for a dtype.
+const void* kernel_address(DType dtype);
+
+}  // namespace prox_sgd::cuda

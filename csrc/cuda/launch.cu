@@ -1,0 +1,109 @@
+// Launches a plan. All the CUDA runtime's state (device, stream, status) is handled here.
+#include <cuda_runtime.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "../prox_sgd.h"
+#include "kernel.h"
+#include "plan.h"
+
+namespace prox_sgd::cuda {
+namespace {
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // not sticky: leave nothing for the next call to find
+  throw std::runtime_error(std::string("ProxSGD: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// Makes a device current for a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (previous_ != device) {
+      check(cudaSetDevice(device), "cudaSetDevice");
+      changed_ = true;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+std::string version(int number) {
+  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+}
+
+std::string find_obstacle(int device) {
+  const int driver = driver_version();
+  if (driver == 0) return "no NVIDIA driver is installed";
+  // Minor versions of one CUDA are compatible; large kernel parameters need a driver of 12.1.
+  const int needed = CUDART_VERSION >= 12010 && CUDART_VERSION < 13000 ? 12010
+                                                                       : CUDART_VERSION / 1000 * 1000;
+  if (driver < needed) {
+    return "the NVIDIA driver supports CUDA " + version(driver) + ", this build needs " +
+           version(needed) + ": update the driver";
+  }
+  try {
+    const DeviceGuard guard(device);
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel_address(DType::float32)), "kernel");
+  } catch (const std::exception& error) {
+    cudaDeviceProp properties;
+    std::string architecture;
+    if (cudaGetDeviceProperties(&properties, device) == cudaSuccess) {
+      architecture = " (compute capability " + std::to_string(properties.major) + "." +
+                     std::to_string(properties.minor) + ")";
+    }
+    return "no kernel of this build runs on CUDA device " + std::to_string(device) + architecture +
+           ", " + error.what() + ": reinstall with TORCH_CUDA_ARCH_LIST naming its architecture";
+  }
+  return "";
+}
+
+}  // namespace
+
+void prox_sgd(const std::vector<Triple>& triples, DType dtype, const Options& options, int device,
+              void* stream) {
+  const std::vector<Launch> launches = plan(triples, dtype, options);
+  if (launches.empty()) return;
+  const DeviceGuard guard(device);
+  for (const Launch& launch : launches) {
+    void* arguments[] = {const_cast<unsigned char*>(launch.parameters.data())};
+    check(cudaLaunchKernel(kernel_address(dtype), dim3(launch.grid), dim3(launch.block), arguments,
+                           0, static_cast<cudaStream_t>(stream)),
+          launch.kernel);
+  }
+}
+
+const char* why_unusable(int device) {
+  static std::mutex mutex;
+  static std::map<int, std::string> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(device);
+  if (found == known.end()) found = known.emplace(device, find_obstacle(device)).first;
+  return found->second.c_str();
+}
+
+int toolkit_version() { return CUDART_VERSION; }
+
+int driver_version() {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return driver;
+}
+
+}  // namespace prox_sgd::cuda

@@ -1,0 +1,286 @@
+#include "tensors.h"
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+
+namespace prox_sgd {
+
+namespace {
+
+constexpr int kMostDims = 64;  // torch's own limit
+
+bool our_dtype(const dlpack::DataType& type, DType* out) {
+  if (type.lanes != 1) return false;
+  if (type.code == dlpack::kBfloat && type.bits == 16) {
+    *out = DType::bfloat16;
+    return true;
+  }
+  if (type.code != dlpack::kFloat) return false;
+  switch (type.bits) {
+    case 16:
+      *out = DType::float16;
+      return true;
+    case 32:
+      *out = DType::float32;
+      return true;
+    case 64:
+      *out = DType::float64;
+      return true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
+const char* describe(Unfit reason) {
+  switch (reason) {
+    case Unfit::fit:
+      return "fits";
+    case Unfit::type:
+      return "it is a subclass of torch.Tensor";
+    case Unfit::unreadable:
+      return "its memory can't be read";
+    case Unfit::device:
+      return "it is neither on a CPU nor on a CUDA device";
+    case Unfit::dtype:
+      return "its dtype is none of float32, float64, bfloat16 and float16";
+    case Unfit::not_dense:
+      return "it is not dense: it has gaps, overlaps or repeats in memory";
+    case Unfit::mixed:
+      return "parameter, gradient and momentum buffer differ in shape, dtype or device";
+    case Unfit::layout:
+      return "parameter, gradient and momentum buffer differ in memory layout";
+    default:
+      return "its CUDA device can't be used";
+  }
+}
+
+// What is read of one tensor. The arrays are torch's own with the exchange API, and `own` without.
+struct TensorReader::View {
+  dlpack::Tensor tensor;
+  std::array<int64_t, 2 * kMostDims> own;
+
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int32_t i = 0; i < tensor.ndim; ++i) n *= tensor.shape[i];
+    return n;
+  }
+
+  // Whether the elements fill one block of memory, each its own place, in whatever order.
+  bool dense() const {
+    int64_t expected = 1;
+    bool row_major = true;
+    for (int32_t i = tensor.ndim - 1; i >= 0 && row_major; --i) {
+      if (tensor.shape[i] == 1) continue;
+      row_major = tensor.strides[i] == expected;
+      expected *= tensor.shape[i];
+    }
+    if (row_major) return true;
+    // Another order: find the dimensions from the innermost to the outermost.
+    expected = 1;
+    uint64_t done = 0;
+    for (int32_t round = 0; round < tensor.ndim; ++round) {
+      int32_t next = -1;
+      for (int32_t i = 0; i < tensor.ndim; ++i) {
+        if (tensor.shape[i] == 1) {
+          done |= uint64_t{1} << i;
+        } else if (!(done >> i & 1) && tensor.strides[i] == expected) {
+          next = i;
+          break;
+        }
+      }
+      if (next < 0) break;
+      done |= uint64_t{1} << next;
+      expected *= tensor.shape[next];
+    }
+    const uint64_t all =
+        tensor.ndim == 64 ? ~uint64_t{0} : (uint64_t{1} << tensor.ndim) - 1;
+    return done == all;
+  }
+
+  bool same_shape(const View& other) const {
+    return tensor.ndim == other.tensor.ndim &&
+           std::equal(tensor.shape, tensor.shape + tensor.ndim, other.tensor.shape);
+  }
+
+  // A stride says nothing where the size is 1; gradients of 1x1 kernels differ in just those.
+  bool same_layout(const View& other) const {
+    for (int32_t i = 0; i < tensor.ndim; ++i) {
+      if (tensor.shape[i] != 1 && tensor.strides[i] != other.tensor.strides[i]) return false;
+    }
+    return true;
+  }
+
+  bool same_kind(const View& other) const {
+    return tensor.dtype.code == other.tensor.dtype.code &&
+           tensor.dtype.bits == other.tensor.dtype.bits &&
+           tensor.device.device_type == other.tensor.device.device_type &&
+           tensor.device.device_id == other.tensor.device.device_id;
+  }
+
+  void* data() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+};
+
+TensorReader::TensorReader(PyObject* exchange_api, PyObject* describe, PyObject* stream,
+                           PyObject* tensor_type, PyObject* parameter_type)
+    : describe_(describe),
+      stream_(stream),
+      tensor_type_(tensor_type),
+      parameter_type_(parameter_type) {
+  if (exchange_api != Py_None) {
+    const void* table = PyCapsule_GetPointer(exchange_api, "dlpack_exchange_api");
+    if (table == nullptr) {
+      PyErr_Clear();
+      throw std::invalid_argument("not a DLPack exchange API");
+    }
+    // A table of another major version has another layout; the one for version 1 may stand behind.
+    for (auto* api = static_cast<const dlpack::ExchangeApi*>(table); api; api = api->prev_api) {
+      if (api->version.major == 1) {
+        if (api->dltensor_from_py_object_no_sync != nullptr) api_ = api;
+        break;
+      }
+    }
+    capsule_ = exchange_api;
+    Py_INCREF(capsule_);
+  }
+  Py_INCREF(describe_);
+  Py_INCREF(stream_);
+  Py_INCREF(tensor_type_);
+  Py_INCREF(parameter_type_);
+}
+
+TensorReader::~TensorReader() {
+  Py_XDECREF(capsule_);
+  Py_DECREF(describe_);
+  Py_DECREF(stream_);
+  Py_DECREF(tensor_type_);
+  Py_DECREF(parameter_type_);
+}
+
+bool TensorReader::plain(PyObject* tensor) const {
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+  return type == tensor_type_ || type == parameter_type_;
+}
+
+bool TensorReader::view(PyObject* tensor, View* out) const {
+  dlpack::Tensor& t = out->tensor;
+  if (api_ != nullptr) {
+    if (api_->dltensor_from_py_object_no_sync(tensor, &t) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    return t.ndim <= kMostDims;
+  }
+  PyObject* description = PyObject_CallOneArg(describe_, tensor);
+  if (description == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  unsigned long long address = 0;
+  int code = 0;
+  int bits = 0;
+  PyObject* shape = nullptr;
+  PyObject* strides = nullptr;
+  bool good = PyArg_ParseTuple(description, "KiiiiOO", &address, &t.device.device_type,
+                               &t.device.device_id, &code, &bits, &shape, &strides) &&
+              PyTuple_Check(shape) && PyTuple_Check(strides) &&
+              PyTuple_GET_SIZE(shape) == PyTuple_GET_SIZE(strides) &&
+              PyTuple_GET_SIZE(shape) <= kMostDims;
+  if (good) {
+    t.data = reinterpret_cast<void*>(static_cast<uintptr_t>(address));
+    t.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
+    t.byte_offset = 0;
+    t.ndim = static_cast<int32_t>(PyTuple_GET_SIZE(shape));
+    t.shape = out->own.data();
+    t.strides = out->own.data() + kMostDims;
+    for (int32_t i = 0; i < t.ndim; ++i) {
+      t.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+      t.strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
+    }
+    good = PyErr_Occurred() == nullptr;
+  }
+  PyErr_Clear();
+  Py_DECREF(description);
+  return good;
+}
+
+Unfit TensorReader::check(PyObject* param, PyObject* grad, PyObject* momentum, Bucket* key,
+                          Triple* out) const {
+  if (!plain(param) || !plain(grad) || (momentum && !plain(momentum))) return Unfit::type;
+  View p;
+  View g;
+  View m;
+  if (!view(param, &p) || !view(grad, &g) || (momentum && !view(momentum, &m))) {
+    return Unfit::unreadable;
+  }
+  const dlpack::Device device = p.tensor.device;
+  if (device.device_type != dlpack::kCPU && device.device_type != dlpack::kCUDA) {
+    return Unfit::device;
+  }
+  if (!our_dtype(p.tensor.dtype, &key->dtype)) return Unfit::dtype;
+  if (!p.same_kind(g) || !p.same_shape(g)) return Unfit::mixed;
+  if (momentum && (!p.same_kind(m) || !p.same_shape(m))) return Unfit::mixed;
+  key->device_type = device.device_type;
+  key->device_id = device.device_id;
+  const int64_t numel = p.numel();
+  *out = {p.data(), g.data(), momentum ? m.data() : nullptr, numel};
+  if (numel == 0) return Unfit::fit;
+  if (!p.dense()) return Unfit::not_dense;
+  if (!p.same_layout(g) || (momentum && !p.same_layout(m))) return Unfit::layout;
+  if (!p.tensor.data || !g.tensor.data || (momentum && !m.tensor.data)) return Unfit::unreadable;
+  if (device.device_type == dlpack::kCUDA && cuda::why_unusable(device.device_id)[0] != '\0') {
+    return Unfit::no_cuda;
+  }
+  return Unfit::fit;
+}
+
+Reading TensorReader::read(PyObject* params, PyObject* grads, PyObject* momenta) const {
+  Reading reading;
+  Bucket* bucket = nullptr;
+  const Py_ssize_t count = PyList_GET_SIZE(params);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    Bucket key{};
+    Triple triple{};
+    const Unfit reason =
+        check(PyList_GET_ITEM(params, i), PyList_GET_ITEM(grads, i),
+              momenta == Py_None ? nullptr : PyList_GET_ITEM(momenta, i), &key, &triple);
+    if (reason != Unfit::fit) {
+      reading.misfits.push_back({i, reason});
+      continue;
+    }
+    const auto belongs = [&](const Bucket& b) {
+      return b.dtype == key.dtype && b.device_type == key.device_type &&
+             b.device_id == key.device_id;
+    };
+    if (bucket == nullptr || !belongs(*bucket)) {
+      auto found = std::find_if(reading.buckets.begin(), reading.buckets.end(), belongs);
+      if (found == reading.buckets.end()) {
+        reading.buckets.push_back(key);
+        found = reading.buckets.end() - 1;
+        found->triples.reserve(static_cast<size_t>(count));
+      }
+      bucket = &*found;
+    }
+    bucket->triples.push_back(triple);
+  }
+  return reading;
+}
+
+void* TensorReader::current_stream(int32_t device_type, int32_t device_id) const {
+  void* stream = nullptr;
+  bool told = false;
+  if (api_ != nullptr && api_->current_work_stream != nullptr) {
+    told = api_->current_work_stream(device_type, device_id, &stream) == 0;
+  } else if (PyObject* address = PyObject_CallFunction(stream_, "i", static_cast<int>(device_id))) {
+    stream = PyLong_AsVoidPtr(address);
+    told = PyErr_Occurred() == nullptr;
+    Py_DECREF(address);
+  }
+  PyErr_Clear();
+  if (!told) throw std::runtime_error("ProxSGD: torch did not tell its current stream");
+  return stream;
+}
+
+}  // namespace prox_sgd

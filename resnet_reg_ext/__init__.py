@@ -1,0 +1,11 @@
+"""Regularised, sparse training of ResNet-50s: SGD with an exact L1 proximal step, fused."""
+
+from importlib.metadata import version as _version
+
+from . import functional
+from .param_groups import param_groups
+from .prox_sgd import ProxSGD
+from .sparsity import LayerSparsity, Sparsity, sparsity
+
+__version__ = _version("resnet_reg_ext")
+__all__ = ["LayerSparsity", "ProxSGD", "Sparsity", "functional", "param_groups", "sparsity"]

@@ -1,0 +1,148 @@
+"""The way to the compiled core: the only module that touches ``resnet_reg_ext._C``.
+
+The core knows no torch. It reads tensors through DLPack's C exchange API, which torch 2.13 and later
+have; for an older torch this module describes each tensor to it in Python, which is slower and
+otherwise the same.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .functional import Hyperparameters
+
+_C: Any
+try:
+    from . import _C
+except ImportError as error:
+    _C = None
+    missing = f"the native module is not there ({error})"
+else:
+    missing = ""
+
+SIMD_VARIABLE = "RESNET_REG_EXT_SIMD"
+
+_DLPACK_DEVICE = {"cpu": 1, "cuda": 2}
+_DLPACK_DTYPE = {
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+}
+
+
+class Misfit(NamedTuple):
+    """A triple that the core can't take as it is."""
+
+    index: int
+    layout_only: bool
+    cuda_unusable: bool
+    reason: str
+
+
+def _describe(tensor: Tensor) -> tuple[Any, ...]:
+    """What the exchange API would tell: address, device, dtype, shape and strides."""
+    if tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
+        raise TypeError("not a plain strided tensor")
+    device = tensor.device
+    code, bits = _DLPACK_DTYPE.get(tensor.dtype, (0, 8))
+    return (
+        tensor.data_ptr(),
+        _DLPACK_DEVICE.get(device.type, 12),
+        device.index or 0,
+        code,
+        bits,
+        tuple(tensor.shape),
+        tensor.stride(),
+    )
+
+
+def _current_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def use_exchange_api(enable: bool = True) -> None:
+    """Reads tensors through DLPack's C exchange API if torch has it and ``enable`` is true."""
+    global _reader
+    api = getattr(Tensor, "__dlpack_c_exchange_api__", None) if enable else None
+    _reader = _C.TensorReader(api, _describe, _current_stream, Tensor, torch.nn.Parameter)
+
+
+_reader: Any = None
+if _C is not None:
+    use_exchange_api()
+    if SIMD_VARIABLE in os.environ:
+        try:
+            _C.set_simd_level(os.environ[SIMD_VARIABLE])
+        except ValueError as error:
+            raise ImportError(f"{SIMD_VARIABLE}: {error}") from None
+
+
+def available() -> bool:
+    """Whether the native module is installed."""
+    return _C is not None
+
+
+def read(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor] | None) -> Any:
+    """Reads and checks lists of tensors; the result borrows their memory."""
+    return _reader.read(params, grads, momenta)
+
+
+def misfits(reading: Any) -> list[Misfit]:
+    """The triples of a reading that the core can't take as they are."""
+    return [Misfit(*m) for m in reading.misfits]
+
+
+def prox_sgd_(
+    reading: Any,
+    params: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None,
+    h: Hyperparameters,
+    first: bool,
+) -> None:
+    """One step on a reading of ``params`` and ``momenta``, in place."""
+    _C.prox_sgd_(_reader, reading, *h, first, torch.get_num_threads())
+    # Autograd must notice that the tensors have changed.
+    if _INCREMENTS_LISTS:
+        torch.autograd.graph.increment_version(params)
+        if momenta:
+            torch.autograd.graph.increment_version(momenta)
+    else:
+        for tensor in (*params, *(momenta or ())):
+            torch.autograd.graph.increment_version(tensor)
+
+
+def _increments_lists() -> bool:
+    """Whether ``increment_version`` takes a list: from torch 2.6 or so on."""
+    try:
+        torch.autograd.graph.increment_version([torch.zeros(1)])
+    except TypeError:
+        return False
+    return True
+
+
+_INCREMENTS_LISTS = _increments_lists()
+_warned: set[str] = set()
+
+
+def warn_unusable_cuda(device: torch.device) -> None:
+    """Says once why a CUDA device's tensors go the pure-PyTorch way, and the remedy."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    why = why_cuda_unusable(index)
+    if why not in _warned:
+        _warned.add(why)
+        warnings.warn(
+            f"ProxSGD runs in pure PyTorch on {device}, which is slower: {why}", stacklevel=3
+        )
+
+
+def why_cuda_unusable(index: int) -> str:
+    """Why CUDA device ``index`` can't be used by the core; empty where it can."""
+    return missing or str(_C.why_cuda_unusable(index))

@@ -1,0 +1,83 @@
+"""The command ``resnet-reg``."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from . import __version__, _native
+
+
+def info() -> str:
+    """What is built and usable here, and why something is not."""
+    rows = [
+        ("resnet_reg_ext", __version__),
+        ("Python", platform.python_version()),
+        ("torch", torch.__version__),
+    ]
+    if not _native.available():
+        rows.append(("native module", f"no: {_native.missing}"))
+        rows.append(("steps run in", "pure PyTorch"))
+        return _table(rows)
+    core = _native._C
+    build = core.build_info()
+    reads = "C exchange API" if _native._reader.has_exchange_api else "Python (torch before 2.13)"
+    levels = core.simd_levels()
+    rows += [
+        ("native module", f"{build['version']}, {build['compiler']}"),
+        ("sanitizers", build["sanitizers"] or "none"),
+        ("reads tensors through", f"DLPack, {reads}"),
+        ("SIMD level", f"{core.simd_level()} (this CPU can run {', '.join(levels)})"),
+        ("threads", f"{torch.get_num_threads()} (torch.set_num_threads)"),
+        ("OpenMP", core.openmp_runtime()),
+    ]
+    if not build["cuda_toolkit"]:
+        rows.append(("CUDA", f"not built: {build['cuda_left_out_because']}"))
+    else:
+        rows.append(("CUDA toolkit", _cuda_version(build["cuda_toolkit"])))
+        rows.append(("CUDA architectures", build["cuda_architectures"]))
+    driver = _driver_version()
+    rows.append(("NVIDIA driver", f"supports CUDA {_cuda_version(driver)}" if driver else "none"))
+    if build["cuda_toolkit"] and driver:
+        for index in range(torch.cuda.device_count()):
+            why = _native.why_cuda_unusable(index)
+            rows.append((f"cuda:{index}", f"pure PyTorch: {why}" if why else "native"))
+    return _table(rows)
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _driver_version() -> int:
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="resnet-reg", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is built and usable here, and why something is not")
+    parser.parse_args(arguments)
+    print(info())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

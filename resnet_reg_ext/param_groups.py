@@ -1,0 +1,68 @@
+"""From a model to parameter groups: what is regularised and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    l1: float = 1e-5,
+    weight_decay: float = 1e-4,
+    exclude: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Splits a model's parameters into a regularised and an unregularised group.
+
+    The parameters of normalisation layers (any module whose class name holds "norm"), biases, and
+    what ``exclude`` names get ``l1=0`` and ``weight_decay=0``: shrinking them takes a layer's scale
+    or offset away and saves nothing. All other parameters get ``l1`` and ``weight_decay``.
+
+    A parameter that is used in several places is in one group, the unregularised one if any of its
+    places is. Frozen parameters are included; an optimizer passes over them until they have a
+    gradient.
+
+    Args:
+        model: any module.
+        l1: coefficient for the regularised group.
+        weight_decay: coefficient for the regularised group.
+        exclude: shell-style patterns of full parameter names, such as ``"fc.*"`` or ``"conv1.weight"``.
+
+    Returns:
+        One or two groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
+
+    Raises:
+        ValueError: the model has no parameters, or a pattern matches none of their names.
+
+    Example:
+        >>> optimizer = ProxSGD(param_groups(model, l1=1e-5, weight_decay=1e-4), lr=0.1)
+    """
+    unmatched = set(exclude)
+    names: dict[nn.Parameter, str] = {}
+    unregularised: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        is_norm = "norm" in type(module).__name__.lower()
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{leaf}" if module_name else leaf
+            names.setdefault(parameter, name)
+            matching = [pattern for pattern in exclude if fnmatchcase(name, pattern)]
+            unmatched.difference_update(matching)
+            if is_norm or leaf == "bias" or leaf.endswith("_bias") or matching:
+                unregularised.add(parameter)
+    if not names:
+        raise ValueError("param_groups: the model has no parameters")
+    if unmatched:
+        raise ValueError(f"param_groups: exclude matches no parameter: {sorted(unmatched)}")
+    groups = []
+    for chosen, options in (
+        (False, {"l1": l1, "weight_decay": weight_decay}),
+        (True, {"l1": 0.0, "weight_decay": 0.0}),
+    ):
+        members = [(n, p) for p, n in names.items() if (p in unregularised) is chosen]
+        if members:
+            groups.append({"params": members, **options})
+    return groups

@@ -1,0 +1,118 @@
+"""What is exactly zero, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Exact zeros of one parameter."""
+
+    name: str
+    zeros: int
+    size: int
+    l1: float | None = None
+    """The L1 coefficient of its group, where it was counted through an optimizer."""
+
+    @property
+    def fraction(self) -> float:
+        """Share of zeros, 0 for an empty parameter."""
+        return self.zeros / self.size if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Exact zeros of all parameters. Prints as a table."""
+
+    layers: tuple[LayerSparsity, ...]
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in all layers."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def size(self) -> int:
+        """Elements in all layers."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def fraction(self) -> float:
+        """Share of zeros in all layers, 0 where there are no elements."""
+        return self.zeros / self.size if self.size else 0.0
+
+    @property
+    def regularised(self) -> Sparsity:
+        """Only the layers whose group has an L1 coefficient above 0."""
+        return Sparsity(tuple(layer for layer in self.layers if layer.l1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers for a log: totals, and zeros, size and fraction of each layer by name."""
+        return {
+            "zeros": self.zeros,
+            "size": self.size,
+            "fraction": self.fraction,
+            "layers": {
+                layer.name: {
+                    "zeros": layer.zeros,
+                    "size": layer.size,
+                    "fraction": layer.fraction,
+                }
+                for layer in self.layers
+            },
+        }
+
+    def __str__(self) -> str:
+        rows = [*self.layers, LayerSparsity("total", self.zeros, self.size)]
+        width = max(len("parameter"), *(len(row.name) for row in rows))
+        lines = [f"{'parameter':<{width}}  {'zeros':>12}  {'size':>12}  {'zeros %':>8}"]
+        lines += [
+            f"{row.name:<{width}}  {row.zeros:>12,}  {row.size:>12,}  {100 * row.fraction:>8.2f}"
+            for row in rows
+        ]
+        return "\n".join(lines)
+
+
+def sparsity(source: nn.Module | Optimizer) -> Sparsity:
+    """Counts the exact zeros of a model's or an optimizer's parameters.
+
+    Reads every parameter once; +0 and -0 both count. Shared parameters are counted once.
+
+    Args:
+        source: a module, or an optimizer, whose groups' ``l1`` is then known too.
+
+    Raises:
+        TypeError: the source is neither.
+    """
+    named = list(_parameters(source))
+    with torch.no_grad():
+        # One transfer for all counts, not one for each.
+        counts = [p.detach().count_nonzero() for _, p, _ in named]
+        nonzero = torch.stack([c.cpu() for c in counts]).tolist() if counts else []
+    return Sparsity(
+        tuple(
+            LayerSparsity(name, p.numel() - n, p.numel(), l1)
+            for (name, p, l1), n in zip(named, nonzero)
+        )
+    )
+
+
+def _parameters(source: nn.Module | Optimizer) -> Iterator[tuple[str, Tensor, float | None]]:
+    if isinstance(source, nn.Module):
+        for name, parameter in source.named_parameters():
+            yield name, parameter, None
+    elif isinstance(source, Optimizer):
+        for g, group in enumerate(source.param_groups):
+            names = group.get("param_names")
+            for i, parameter in enumerate(group["params"]):
+                name = names[i] if names else f"param_groups[{g}]['params'][{i}]"
+                yield name, parameter, group.get("l1", 0.0)
+    else:
+        raise TypeError(f"sparsity: {type(source).__name__} is neither a module nor an optimizer")
