@@ -219,11 +219,9 @@ def prox_sgd_(
     for name, tensors in (("grads", grads), ("momentum_buffers", buffers)):
         if tensors is not None and len(tensors) != len(params):
             raise ValueError(f"{len(params)} params, but {len(tensors)} {name}")
-    with torch.no_grad():
-        run = prepare_prox_sgd(
-            list(params), list(grads), buffers, h, first_step, fused, "params[{}]".format
-        )
-        run()
+    prepare_prox_sgd(
+        list(params), list(grads), buffers, h, first_step, fused, "params[{}]".format
+    )()
 
 
 def prepare_prox_sgd(
@@ -292,6 +290,7 @@ def _prepare_mixed(
     def pick(tensors: list[Tensor] | None, indices: Sequence[int]) -> list[Tensor] | None:
         return None if tensors is None else [tensors[i] for i in indices]
 
+    @torch.no_grad()
     def run() -> None:
         native_grads = list(grads)
         native_momenta = None if momenta is None else list(momenta)
@@ -395,6 +394,7 @@ _COMPUTE_DTYPE = {
 }
 
 
+@torch.no_grad()
 def _update_(
     params: list[Tensor],
     grads: list[Tensor],

@@ -151,7 +151,6 @@ class ProxSGD(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Performs one step on every parameter that has a gradient.
 
