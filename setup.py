@@ -13,6 +13,7 @@ Metadata is in pyproject.toml.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 import os
 import platform
@@ -23,6 +24,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -226,7 +228,8 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
 
     def _write(self, folder: Path, output: Path) -> None:
         import pybind11
-        from ninja import ninja_syntax
+
+        ninja_syntax: Any = importlib.import_module("ninja.ninja_syntax")
 
         cxx = find_cxx()
         if not Path(sysconfig.get_path("include"), "Python.h").is_file():
@@ -272,7 +275,10 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
 
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         sources: dict[str, tuple[str, list[str]]] = {
-            "bindings": ("bindings.cpp", [*common, *includes, "-DPYBIND11_DETAILED_ERROR_MESSAGES"]),
+            "bindings": (
+                "bindings.cpp",
+                [*common, *includes, "-DPYBIND11_DETAILED_ERROR_MESSAGES"],
+            ),
             "tensors": ("tensors.cpp", [*common, *includes]),
             "cpu_plan": ("cpu/plan.cpp", common),
             "cpu_prox_sgd": (

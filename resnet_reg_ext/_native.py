@@ -1,12 +1,13 @@
 """The way to the compiled core: the only module that touches ``resnet_reg_ext._C``.
 
-The core knows no torch. It reads tensors through DLPack's C exchange API, which torch 2.13 and later
-have; for an older torch this module describes each tensor to it in Python, which is slower and
-otherwise the same.
+The core knows no torch. It reads tensors through DLPack's C exchange API, which newer torch has;
+for an older one this module describes each tensor to it in Python, which is slower and otherwise
+the same.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -18,14 +19,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .functional import Hyperparameters
 
-_C: Any
+_C: Any = None
+missing = ""
+"""Why the native module is not there; empty where it is."""
 try:
-    from . import _C
+    _C = importlib.import_module("._C", __package__)
 except ImportError as error:
-    _C = None
-    missing = f"the native module is not there ({error})"
-else:
-    missing = ""
+    missing = f"the native module can't be used ({error})"
 
 SIMD_VARIABLE = "RESNET_REG_EXT_SIMD"
 
@@ -41,7 +41,7 @@ _DLPACK_DTYPE = {
 class Misfit(NamedTuple):
     """A triple that the core can't take as it is."""
 
-    index: int
+    position: int
     layout_only: bool
     cuda_unusable: bool
     reason: str

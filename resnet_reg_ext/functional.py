@@ -66,7 +66,9 @@ def elastic_net_prox(x: Tensor, l1: float, weight_decay: float, step: float = 1.
     """
     s = _finite_and_not_negative(step, "step")
     t = s * _finite_and_not_negative(l1, "l1")
-    return soft_threshold(x, t) * (1 / (1 + s * _finite_and_not_negative(weight_decay, "weight_decay")))
+    return soft_threshold(x, t) * (
+        1 / (1 + s * _finite_and_not_negative(weight_decay, "weight_decay"))
+    )
 
 
 class Hyperparameters(NamedTuple):
@@ -242,7 +244,7 @@ def prepare_prox_sgd(
         if fused:
             reason = _native.missing or "a step can't be compiled by torch.compile with fused=True"
             raise RuntimeError(f"fused=True: {reason}; fused=None takes pure PyTorch instead")
-        for i, (param, grad) in enumerate(zip(params, grads)):
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             check_triple(param, grad, momenta[i] if momenta else None, name(i))
         return lambda: _update_(params, grads, momenta, h, first)
 
@@ -255,7 +257,7 @@ def prepare_prox_sgd(
     pure: list[int] = []
     relaid: list[int] = []
     for misfit in misfits:
-        i = misfit.index
+        i = misfit.position
         check_triple(params[i], grads[i], momenta[i] if momenta else None, name(i))
         if misfit.layout_only:
             relaid.append(i)
@@ -414,7 +416,7 @@ def _update_(
         stored_m = [momenta[i] for i in chosen] if momenta is not None else []
         m = [t.to(dtype) for t in stored_m]
         _update_in_(dtype, p, g, m, h, first)
-        for to, value in zip(stored + stored_m, p + m):
+        for to, value in zip(stored + stored_m, p + m, strict=True):
             if to is not value:
                 to.copy_(value)
 

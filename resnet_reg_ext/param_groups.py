@@ -30,7 +30,7 @@ def param_groups(
         model: any module.
         l1: coefficient for the regularised group.
         weight_decay: coefficient for the regularised group.
-        exclude: shell-style patterns of full parameter names, such as ``"fc.*"`` or ``"conv1.weight"``.
+        exclude: shell-style patterns of full parameter names, such as ``"fc.*"``.
 
     Returns:
         One or two groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple, overload
@@ -13,9 +14,7 @@ from torch.optim import Optimizer
 from . import _native
 from .functional import check_momentum, hyperparameters, prepare_prox_sgd
 
-_Params = (
-    Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-)
+_Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
 class ProxSGD(Optimizer):
@@ -126,8 +125,8 @@ class ProxSGD(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickle or, at the end of ``load_state_dict``, a checkpoint.
 
-        A checkpoint of ``torch.optim.SGD`` has no ``l1`` and no ``l2_mode``: the live group's values
-        stay, as ``fused`` always does.
+        A checkpoint of ``torch.optim.SGD`` has no ``l1`` and no ``l2_mode``: the live group's stay,
+        as ``fused`` always does.
         """
         live: list[dict[str, Any]] = self.__dict__.get("param_groups", [])
         defaults = state.get("defaults") or self.__dict__.get("defaults", {})
@@ -173,9 +172,10 @@ class ProxSGD(Optimizer):
 
         runs = []
         created: list[tuple[Tensor, Tensor]] = []
+        states = _StatesInOrder(self.state)
         for index, group in enumerate(self.param_groups):
             h = hyperparameters(group, f"ProxSGD: param_groups[{index}]: ")
-            for bucket in self._buckets(group, h.momentum != 0):
+            for bucket in _buckets(group["params"], states if h.momentum != 0 else None):
                 runs.append(
                     prepare_prox_sgd(
                         bucket.params,
@@ -188,41 +188,12 @@ class ProxSGD(Optimizer):
                     )
                 )
                 if bucket.first and bucket.momenta is not None:
-                    created += zip(bucket.params, bucket.momenta)
+                    created += zip(bucket.params, bucket.momenta, strict=True)
         for run in runs:
             run()
         for param, buffer in created:
             self.state[param]["momentum_buffer"] = buffer
         return loss
-
-    def _buckets(self, group: dict[str, Any], with_momentum: bool) -> list[_Bucket]:
-        """The group's parameters that have a gradient, those at their first step apart.
-
-        Written for speed: a step on small tensors costs what this loop costs.
-        """
-        params: list[Tensor] = group["params"]
-        grads: list[Any] = [p.grad for p in params]
-        if any(g is None for g in grads):
-            params = [p for p, g in zip(params, grads) if g is not None]
-            grads = [g for g in grads if g is not None]
-        if not params:
-            return []
-        if not with_momentum:
-            return [_Bucket(params, grads, None, False)]
-        state_of = self.state.get
-        nothing: dict[str, Any] = {}
-        momenta: list[Any] = [state_of(p, nothing).get("momentum_buffer") for p in params]
-        if all(m is not None for m in momenta):
-            return [_Bucket(params, grads, momenta, False)]
-        old = [i for i, m in enumerate(momenta) if m is not None]
-        new = [i for i, m in enumerate(momenta) if m is None]
-        for i in new:
-            momenta[i] = torch.empty_like(params[i])
-        return [
-            _Bucket([params[i] for i in s], [grads[i] for i in s], [momenta[i] for i in s], first)
-            for s, first in ((old, False), (new, True))
-            if s
-        ]
 
 
 class _Bucket(NamedTuple):
@@ -234,9 +205,61 @@ class _Bucket(NamedTuple):
     first: bool
 
 
-def _name_of(
-    group: dict[str, Any], group_index: int, bucket: list[Tensor], index: int
-) -> str:
+class _StatesInOrder:
+    """Looks up the states of lists of parameters, without hashing where it can.
+
+    A tensor's hash is a Python call, which makes 161 look-ups a sixth of the step on small tensors.
+    State is mostly created in the order of the parameters; where its keys are, one by one, the
+    parameters asked for, the entries are taken as they come.
+    """
+
+    def __init__(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        self._state = state
+        self._keys = list(state)
+        self._values = list(state.values())
+        self._next = 0
+
+    def of(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        stop = self._next + len(params)
+        keys = self._keys[self._next : stop]
+        if len(keys) == len(params) and all(map(operator.is_, keys, params)):
+            states = self._values[self._next : stop]
+            self._next = stop
+            return states
+        return [self._state.get(p, _NO_STATE) for p in params]
+
+
+_NO_STATE: dict[str, Any] = {}
+
+
+def _buckets(params: list[Tensor], states: _StatesInOrder | None) -> list[_Bucket]:
+    """The parameters that have a gradient, those at their first step apart.
+
+    Without ``states`` there is no momentum and no first step.
+    """
+    grads: list[Any] = [p.grad for p in params]
+    if any(g is None for g in grads):
+        params = [p for p, g in zip(params, grads, strict=True) if g is not None]
+        grads = [g for g in grads if g is not None]
+    if not params:
+        return []
+    if states is None:
+        return [_Bucket(params, grads, None, False)]
+    momenta: list[Any] = [state.get("momentum_buffer") for state in states.of(params)]
+    if all(m is not None for m in momenta):
+        return [_Bucket(params, grads, momenta, False)]
+    old = [i for i, m in enumerate(momenta) if m is not None]
+    new = [i for i, m in enumerate(momenta) if m is None]
+    for i in new:
+        momenta[i] = torch.empty_like(params[i], requires_grad=False)
+    return [
+        _Bucket([params[i] for i in s], [grads[i] for i in s], [momenta[i] for i in s], first)
+        for s, first in ((old, False), (new, True))
+        if s
+    ]
+
+
+def _name_of(group: dict[str, Any], group_index: int, bucket: list[Tensor], index: int) -> str:
     """The name of a bucket's parameter, for an error."""
     wanted = bucket[index]
     return _name(group, group_index, next(i for i, p in enumerate(group["params"]) if p is wanted))
@@ -249,13 +272,13 @@ def _name(group: dict[str, Any], group_index: int, index: int) -> str:
 
 
 def _with_names_apart(group: dict[str, Any]) -> dict[str, Any]:
-    """A group of (name, tensor) pairs for a torch whose Optimizer doesn't know them (before 2.6)."""
+    """Takes (name, tensor) pairs apart for a torch whose Optimizer can't: before 2.6."""
     params = group["params"]
     if _OPTIMIZER_KNOWS_NAMES or isinstance(params, Tensor):
         return group
     params = list(params)
     if params and isinstance(params[0], tuple):
-        names, tensors = zip(*params)
+        names, tensors = zip(*params, strict=True)
         return {**group, "params": list(tensors), "param_names": list(names)}
     return {**group, "params": params}
 

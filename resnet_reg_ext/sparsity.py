@@ -99,7 +99,7 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
     return Sparsity(
         tuple(
             LayerSparsity(name, p.numel() - n, p.numel(), l1)
-            for (name, p, l1), n in zip(named, nonzero)
+            for (name, p, l1), n in zip(named, nonzero, strict=True)
         )
     )
 
