@@ -38,10 +38,14 @@ CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wex
 # Rounding is part of the contract: nothing may be fused that the source doesn't fuse. The other two
 # only let the loop be vectorised; they change no value.
 KERNEL_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# One release throughout: nvcc's packages do not pin each other, and a newer nvvm writes PTX that an
+# older ptxas refuses. 13.0 is the release that the oldest driver for CUDA 13 runs.
 PYPI_TOOLKIT = [
-    "nvidia-cuda-nvcc>=13,<14",
-    "nvidia-cuda-cccl>=13,<14",
-    "nvidia-cuda-runtime>=13,<14",
+    "nvidia-cuda-nvcc==13.0.*",
+    "nvidia-nvvm==13.0.*",
+    "nvidia-cuda-crt==13.0.*",
+    "nvidia-cuda-cccl==13.0.*",
+    "nvidia-cuda-runtime==13.0.*",
 ]
 PYPI_TOOLKIT_DRIVER = 13000  # what cuDriverGetVersion must say for CUDA 13's runtime: driver 580
 
