@@ -59,8 +59,8 @@ Options options(double lr, double momentum, double dampening, double weight_deca
 void run(const TensorReader& reader, const Reading& reading, double lr, double momentum,
          double dampening, double weight_decay, double l1, bool nesterov, bool maximize,
          bool proximal, bool first, int threads) {
-  const Options o = options(lr, momentum, dampening, weight_decay, l1, nesterov, maximize, proximal,
-                            first);
+  const Options o =
+      options(lr, momentum, dampening, weight_decay, l1, nesterov, maximize, proximal, first);
   for (const Bucket& bucket : reading.buckets) {
     if (bucket.device_type == dlpack::kCUDA) {
       void* stream = reader.current_stream(bucket.device_type, bucket.device_id);
@@ -158,8 +158,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           "read",
           [](const TensorReader& reader, py::list params, py::list grads, py::object momenta) {
             if (grads.size() != params.size() ||
-                (!momenta.is_none() && (!PyList_Check(momenta.ptr()) ||
-                                        py::len(momenta) != params.size()))) {
+                (!momenta.is_none() &&
+                 (!PyList_Check(momenta.ptr()) || py::len(momenta) != params.size()))) {
               throw std::invalid_argument("params, grads and momenta must be lists of one length");
             }
             return reader.read(params.ptr(), grads.ptr(), momenta.ptr());

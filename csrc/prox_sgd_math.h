@@ -122,9 +122,9 @@ PROX_SGD_HD double add_(double a, double b) { return __dadd_rn(a, b); }
 PROX_SGD_HD float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
 // A processor without fma. The product is exact in float64; the sum is rounded to odd there, after
-// which rounding to float32 is the only rounding that counts (Boldo and Melquiond, "Emulation of FMA
-// and correctly rounded sums: proved algorithms using rounding to odd", IEEE Trans. Computers 57(4),
-// 2008). In integers without comparisons, which SSE2 vectorises.
+// which rounding to float32 is the only rounding that counts (Boldo and Melquiond, "Emulation of
+// FMA and correctly rounded sums: proved algorithms using rounding to odd", IEEE Trans. Computers
+// 57(4), 2008). In integers without comparisons, which SSE2 vectorises.
 PROX_SGD_HD float fma_(float a, float b, float c) {
   const double product = static_cast<double>(a) * static_cast<double>(b);
   const double addend = c;
@@ -193,10 +193,10 @@ struct Coefficients {
   C minus_lr;
   C momentum;
   C one_minus_dampening;
-  C weight_decay;  // -0 where off
-  C lookahead;     // nesterov: momentum; 1 where off
-  C threshold;     // t1 = lr (l1 k)
-  C scale;         // l2_mode "proximal": r = 1 / (1 + lr (weight_decay k)); 1 where off
+  C weight_decay;           // -0 where off
+  C lookahead;              // nesterov: momentum; 1 where off
+  C threshold;              // t1 = lr (l1 k)
+  C scale;                  // l2_mode "proximal": r = 1 / (1 + lr (weight_decay k)); 1 where off
   uint32_t ascent;          // maximize: the sign bit
   uint32_t decay_mask;      // coupled weight decay: all ones
   uint32_t lookahead_mask;  // nesterov: all ones
@@ -207,8 +207,8 @@ struct Coefficients {
 
 // Float64 on the host, in the order of the formulas, then one rounding to C.
 //
-// k = (1 - dampening) / (1 - momentum) is the length of the step that heavy-ball momentum makes of a
-// constant gradient, in units of lr: with it, the fixed point of the update is the minimiser of
+// k = (1 - dampening) / (1 - momentum) is the length of the step that heavy-ball momentum makes of
+// a constant gradient, in units of lr: with it, the fixed point of the update is the minimiser of
 // f(w) + l1 |w|_1 + weight_decay/2 |w|^2 and not that of another l1.
 template <typename C>
 Coefficients<C> coefficients(const Options& o) {
@@ -238,7 +238,8 @@ Coefficients<C> coefficients(const Options& o) {
 // caller who knows it when compiling can say so. What m holds before matters only where it is
 // `running`; without momentum m comes back as d and is nobody's.
 //
-// The L1 proximal map is v - clamp(v, -t, t): v - v is +0, and a NaN stays one whatever its clamp is.
+// The L1 proximal map is v - clamp(v, -t, t): v - v is +0, and a NaN stays one whatever its clamp
+// is.
 template <typename C>
 PROX_SGD_HD void update(const Coefficients<C>& c, Momentum mode, C& p, C g, C& m) {
   const C d = fma_(c.weight_decay, keep(p, c.decay_mask), flip(g, c.ascent));

@@ -95,8 +95,7 @@ struct TensorReader::View {
       done |= uint64_t{1} << next;
       expected *= tensor.shape[next];
     }
-    const uint64_t all =
-        tensor.ndim == 64 ? ~uint64_t{0} : (uint64_t{1} << tensor.ndim) - 1;
+    const uint64_t all = tensor.ndim == 64 ? ~uint64_t{0} : (uint64_t{1} << tensor.ndim) - 1;
     return done == all;
   }
 

@@ -50,10 +50,9 @@ class TensorReader {
  public:
   // `exchange_api`: the capsule of torch.Tensor.__dlpack_c_exchange_api__, or None.
   // `describe`: tensor -> (address, device type, device index, code, bits, shape, strides), codes
-  // and types being DLPack's; `stream`: CUDA device index -> address of torch's current stream. Both
-  // are used without an exchange API only.
-  // `tensor_type`, `parameter_type`: the two types whose memory is what it seems.
-  // Throws std::invalid_argument for a capsule that is none.
+  // and types being DLPack's; `stream`: CUDA device index -> address of torch's current stream.
+  // Both are used without an exchange API only. `tensor_type`, `parameter_type`: the two types
+  // whose memory is what it seems. Throws std::invalid_argument for a capsule that is none.
   TensorReader(PyObject* exchange_api, PyObject* describe, PyObject* stream, PyObject* tensor_type,
                PyObject* parameter_type);
   ~TensorReader();

@@ -16,8 +16,8 @@ Plan::Plan(const std::vector<Triple>& triples) {
 }
 
 int64_t Plan::tensor_at(int64_t position) const {
-  // The last tensor that starts at or before the position; an empty tensor starts where the next one
-  // does and is thus passed over.
+  // The last tensor that starts at or before the position; an empty tensor starts where the next
+  // one does and is thus passed over.
   return std::upper_bound(starts_.begin(), starts_.end(), position) - starts_.begin() - 1;
 }
 

@@ -12,8 +12,8 @@ namespace prox_sgd::cpu {
 // one large tensor or many small ones whole, so the work is balanced whatever the sizes are.
 class Plan {
  public:
-  // Each tensor takes a whole number of lines: no two chunks then write to one line of a tensor that
-  // starts on one.
+  // Each tensor takes a whole number of lines: no two chunks then write to one line of a tensor
+  // that starts on one.
   static constexpr int64_t kLine = 64;  // elements
   static constexpr int64_t kChunk = 512 * kLine;
 

@@ -1,7 +1,8 @@
 // Runs the plan on threads.
+#include "../prox_sgd.h"
+
 #include <atomic>
 
-#include "../prox_sgd.h"
 #include "../prox_sgd_math.h"
 #include "kernel.h"
 #include "plan.h"
@@ -36,8 +37,8 @@ void run(const std::vector<Triple>& triples, DType dtype, const Options& options
   if (threads > plan.chunks()) threads = static_cast<int>(plan.chunks());
 #if defined(_OPENMP)
   if (threads > 1) {
-    // Chunks are taken as threads come free: a thread that the system holds up delays one chunk, not
-    // its whole share.
+    // Chunks are taken as threads come free: a thread that the system holds up delays one chunk,
+    // not its whole share.
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
     for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < plan.chunks();) {

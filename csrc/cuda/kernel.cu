@@ -1,16 +1,18 @@
 // The CUDA kernel: every tensor of a bucket in one launch, one pass over memory.
 //
-// The bucket's tensors lie end to end in units of 16 bytes, and each block takes kUnitsPerBlock units
-// of that line, whatever tensors they belong to: all blocks but the last have the same work. Within a
-// tensor whose three addresses are aligned, a thread moves whole units; where they are not, and in
-// the last unit of a tensor that does not fill it, single elements, neighbours by neighbours.
+// The bucket's tensors lie end to end in units of 16 bytes, and each block takes kUnitsPerBlock
+// units of that line, whatever tensors they belong to: all blocks but the last have the same work.
+// Within a tensor whose three addresses are aligned, a thread moves whole units; where they are
+// not, and in the last unit of a tensor that does not fill it, single elements, neighbours by
+// neighbours.
 #include "kernel.h"
 
 namespace prox_sgd::cuda {
 namespace {
 
 // N elements that are moved in one access: a whole unit, or a single element. __stwb is the plain
-// store, spelled so that nvcc doesn't cut a vector into its elements, as it does with an assignment.
+// store, spelled so that nvcc doesn't cut a vector into its elements, as it does with an
+// assignment.
 template <typename T, int N>
 struct Pack {
   T values[N];
@@ -74,8 +76,8 @@ __device__ __forceinline__ void write(T* to, const Pack<T, 8>& pack) {
          make_uint4(join(v[0], v[1]), join(v[2], v[3]), join(v[4], v[5]), join(v[6], v[7])));
 }
 
-// The piece of a tensor triple that a block works on. A block's piece is short, so that offsets in it
-// are 32-bit while addresses and sizes are 64-bit.
+// The piece of a tensor triple that a block works on. A block's piece is short, so that offsets in
+// it are 32-bit while addresses and sizes are 64-bit.
 template <typename T>
 struct Piece {
   T* param;
@@ -85,8 +87,8 @@ struct Piece {
 
 // Updates kCount packs of N elements, `stride` elements apart. All loads come before the first use.
 template <typename T, int N, int kCount>
-__device__ __forceinline__ void update_packs(const Coefficients<compute_t<T>>& c,
-                                             const Piece<T>& t, int at, int stride) {
+__device__ __forceinline__ void update_packs(const Coefficients<compute_t<T>>& c, const Piece<T>& t,
+                                             int at, int stride) {
   Pack<T, N> p[kCount];
   Pack<T, N> g[kCount];
   Pack<T, N> m[kCount] = {};
@@ -114,9 +116,9 @@ __device__ __forceinline__ void update_packs(const Coefficients<compute_t<T>>& c
   }
 }
 
-// Packs of each tensor that a thread reads before it computes: what its 40 registers hold. That is one
-// where computing needs more registers than a float32 a word; parameter, gradient and momentum then
-// still are three loads in flight.
+// Packs of each tensor that a thread reads before it computes: what its 40 registers hold. That is
+// one where computing needs more registers than a float32 a word; parameter, gradient and momentum
+// then still are three loads in flight.
 template <typename T>
 constexpr int loads_in_flight = sizeof(T) == sizeof(float) ? 2 : 1;
 
@@ -165,10 +167,10 @@ __device__ __forceinline__ void update_block(const Parameters<compute_t<T>>& par
                          static_cast<const T*>(entry.grad) + begin,
                          static_cast<T*>(entry.momentum) + begin};
     const int size = static_cast<int>(end - begin);
-    const bool aligned = ((reinterpret_cast<uintptr_t>(entry.param) |
-                           reinterpret_cast<uintptr_t>(entry.grad) |
-                           reinterpret_cast<uintptr_t>(entry.momentum)) %
-                          kUnitBytes) == 0;
+    const bool aligned =
+        ((reinterpret_cast<uintptr_t>(entry.param) | reinterpret_cast<uintptr_t>(entry.grad) |
+          reinterpret_cast<uintptr_t>(entry.momentum)) %
+         kUnitBytes) == 0;
     const int in_vectors = aligned ? size / kPerUnit * kPerUnit : 0;
     update_range<T, kPerUnit>(parameters.coefficients, piece, 0, in_vectors);
     update_range<T, 1>(parameters.coefficients, piece, in_vectors, size);
@@ -179,10 +181,10 @@ __device__ __forceinline__ void update_block(const Parameters<compute_t<T>>& par
 }  // namespace
 
 // Six blocks of 256 threads an SM leave each thread 40 registers.
-#define PROX_SGD_KERNEL(name, T)                                                       \
-  extern "C" __global__ void __launch_bounds__(kThreads, 6)                            \
-      name(const __grid_constant__ Parameters<compute_t<T>> parameters) {              \
-    update_block<T>(parameters);                                                       \
+#define PROX_SGD_KERNEL(name, T)                                          \
+  extern "C" __global__ void __launch_bounds__(kThreads, 6)               \
+      name(const __grid_constant__ Parameters<compute_t<T>> parameters) { \
+    update_block<T>(parameters);                                          \
   }
 PROX_SGD_KERNEL(prox_sgd_float32, float)
 PROX_SGD_KERNEL(prox_sgd_float64, double)

@@ -11,8 +11,7 @@ namespace prox_sgd::cuda {
 // Kernel parameters may take 32,764 bytes from CUDA 12.1 on and 4 KiB before (CUDA C++ Programming
 // Guide, "__global__ function parameters"). Whoever builds may set a smaller size.
 #if !defined(PROX_SGD_PARAMETER_BYTES)
-#if !defined(__CUDACC_VER_MAJOR__) || \
-    __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
+#if !defined(__CUDACC_VER_MAJOR__) || __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
 #define PROX_SGD_PARAMETER_BYTES 32764
 #else
 #define PROX_SGD_PARAMETER_BYTES 4096

@@ -48,8 +48,8 @@ std::string find_obstacle(int device) {
   const int driver = driver_version();
   if (driver == 0) return "no NVIDIA driver is installed";
   // Minor versions of one CUDA are compatible; large kernel parameters need a driver of 12.1.
-  const int needed = CUDART_VERSION >= 12010 && CUDART_VERSION < 13000 ? 12010
-                                                                       : CUDART_VERSION / 1000 * 1000;
+  const int needed =
+      CUDART_VERSION >= 12010 && CUDART_VERSION < 13000 ? 12010 : CUDART_VERSION / 1000 * 1000;
   if (driver < needed) {
     return "the NVIDIA driver supports CUDA " + version(driver) + ", this build needs " +
            version(needed) + ": update the driver";

@@ -1,0 +1,98 @@
+# Everything sets itself up in .venv from a clean clone; needs Python 3.10+, make and a C++ compiler.
+PYTHON ?= python3
+# The torch that .venv gets, and the older one that the same wheel is tested on.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+OLDER_TORCH ?= torch==2.13.0
+# 1: build the CUDA kernels, with PyPI's compiler where no nvcc is on the PATH.
+CUDA ?= 1
+
+BIN := .venv/bin
+OLD := .venv-older/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc resnet_reg_ext -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+WHEEL := build/wheel/.done
+
+.PHONY: demo test test-older test-python-reader test-sanitize test-matrix gpu-check bench bench-quick lint format clean
+
+demo: .venv/.ready
+	$(BIN)/resnet-reg demo
+
+# The run on .venv comes last, so that its summary is the last thing printed.
+test: .venv/.ready test-older test-python-reader test-sanitize
+	$(BIN)/pytest
+
+# The same wheel, unchanged, on another torch. What needs torchvision or compiles is left to `test`.
+NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tests/test_build.py \
+	--ignore=tests/test_recipe.py --ignore=tests/test_cuda.py --ignore=tests/test_bench.py
+
+test-older: .venv-older/.ready
+	$(OLD)/pytest -q $(NATIVE_TESTS)
+
+# The slower way to read tensors, that of a torch without DLPack's C exchange API.
+test-python-reader: .venv/.ready
+	RESNET_REG_EXT_TEST_NO_EXCHANGE_API=1 $(BIN)/pytest -q $(NATIVE_TESTS)
+
+# The CPU core built with AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZED := build/sanitized
+test-sanitize: .venv/.ready
+	rm -rf $(SANITIZED)
+	RESNET_REG_EXT_SANITIZE=address,undefined RESNET_REG_EXT_CUDA=0 \
+		$(BIN)/pip install $(PIP_FLAGS) --no-deps --target $(SANITIZED) .
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc \
+		$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED_TESTS)
+SANITIZED_TESTS := tests/test_prox_sgd.py tests/test_layouts.py tests/test_threads_and_simd.py
+
+# One wheel on every torch that is supported, from the oldest to the newest; downloads some 15 GB.
+test-matrix: $(WHEEL)
+	$(PYTHON) tests/matrix.py build/wheel/*.whl
+
+# On a machine with an NVIDIA GPU: its tests, compute-sanitizer and benchmarks, in one report file.
+gpu-check: .venv/.ready
+	$(BIN)/python tests/gpu_check.py
+
+bench: .venv/.ready-bench
+	$(BIN)/python -m bench.run
+
+bench-quick: .venv/.ready-bench
+	$(BIN)/python -m bench.run --quick
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/mypy
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+clean:
+	rm -rf .venv .venv-older build dist *.egg-info out
+
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_FLAGS) $(TORCH)
+	touch $@
+
+$(WHEEL): $(SOURCES) | .venv/.torch
+	rm -rf build/wheel build/lib*
+	RESNET_REG_EXT_CUDA=$(CUDA) $(BIN)/pip wheel $(PIP_FLAGS) --no-deps -w build/wheel .
+	touch $@
+
+.venv/.ready: $(WHEEL)
+	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[demo,test,lint]"
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps --force-reinstall build/wheel/*.whl
+	touch $@
+
+.venv/.ready-bench: .venv/.ready
+	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[bench]"
+	touch $@
+
+.venv-older/.ready: $(WHEEL)
+	$(PYTHON) -m venv .venv-older
+	$(OLD)/pip install $(PIP_FLAGS) $(OLDER_TORCH) numpy scipy scikit-learn pytest hypothesis
+	$(OLD)/pip install $(PIP_FLAGS) --no-deps --force-reinstall build/wheel/*.whl
+	touch $@

@@ -1,0 +1,46 @@
+"""What holds for the whole run.
+
+``RESNET_REG_EXT_TEST_NO_EXCHANGE_API=1`` hides DLPack's C exchange API from the native core, so that
+the way for an older torch is taken throughout.
+"""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from resnet_reg_ext import _native
+
+# The same examples at every run: a failure is then a change's, not chance's.
+hypothesis.settings.register_profile(
+    "suite", derandomize=True, deadline=None, database=None, print_blob=True
+)
+hypothesis.settings.load_profile("suite")
+
+NO_EXCHANGE_API = "RESNET_REG_EXT_TEST_NO_EXCHANGE_API"
+
+
+def pytest_configure(config):
+    if os.environ.get(NO_EXCHANGE_API) == "1":
+        _native.use_exchange_api(False)
+
+
+def pytest_report_header(config):
+    if not _native.available():
+        return f"native module: none ({_native.missing})"
+    return (
+        f"torch {torch.__version__}, native module with SIMD level {_native._C.simd_level()}, "
+        f"exchange API: {_native._reader.has_exchange_api}"
+    )
+
+
+@pytest.fixture
+def runtime():
+    """Puts thread count, SIMD level and the way of reading tensors back after a test."""
+    threads, level = torch.get_num_threads(), _native._C.simd_level()
+    exchange_api = _native._reader.has_exchange_api
+    yield
+    torch.set_num_threads(threads)
+    _native._C.set_simd_level(level)
+    _native.use_exchange_api(exchange_api)

@@ -1,0 +1,168 @@
+"""The update in plain NumPy, from the formulas alone: what every backend is compared with.
+
+Imports nothing but the standard library and NumPy. float16 and bfloat16 are held as float32 arrays
+whose values they can represent, so all arithmetic is float32's or float64's.
+"""
+
+from fractions import Fraction
+
+import numpy as np
+
+# Digits of the significand and exponent of the smallest subnormal, for the types that are narrower
+# than what is computed in.
+NARROW = {"float16": (11, -24), "bfloat16": (8, -133)}
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def compute_type(dtype):
+    return np.float64 if dtype == "float64" else np.float32
+
+
+def two_sum(a, b):
+    """a + b as its rounded value and the exact error (Knuth)."""
+    s = a + b
+    b_part = s - a
+    return s, (a - (s - b_part)) + (b - b_part)
+
+
+def two_product(a, b):
+    """a * b as its rounded value and the exact error (Dekker, Veltkamp)."""
+
+    def split(x):
+        scaled = x * 134217729.0  # 2^27 + 1
+        high = scaled - (scaled - x)
+        return high, x - high
+
+    a_high, a_low = split(a)
+    b_high, b_low = split(b)
+    product = a * b
+    error = ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+    return product, error
+
+
+def sum_rounded_to_odd(a, b):
+    """a + b in float64; if inexact, the neighbour of the exact sum whose last bit is 1."""
+    s, error = two_sum(a, b)
+    is_even = (s.view(np.int64) & 1) == 0
+    neighbour = np.nextafter(s, np.where(error > 0, np.inf, -np.inf))
+    return np.where((error != 0) & np.isfinite(s) & is_even, neighbour, s)
+
+
+def fma32(a, b, c):
+    """The float32 nearest to the exact a * b + c.
+
+    A product of two float32 is exact in float64. With the sum rounded to odd there, rounding it to
+    float32 is the only rounding that counts (Boldo and Melquiond, 2008).
+    """
+    a, b, c = (np.asarray(x, np.float32).astype(np.float64) for x in (a, b, c))
+    return sum_rounded_to_odd(a * b, c).astype(np.float32)
+
+
+def fma64(a, b, c):
+    """The float64 nearest to the exact a * b + c."""
+    a, b, c = np.broadcast_arrays(*(np.asarray(x, np.float64) for x in (a, b, c)))
+    product, error = two_product(a, b)
+    high, low = two_sum(c, error)
+    high, rest = two_sum(product, high)
+    result = high + sum_rounded_to_odd(low, rest)
+    # A zero factor makes the product exact. Where the parts above may leave float64's range, count
+    # in rationals.
+    result = np.where((a == 0) | (b == 0), a * b + c, result)
+    safe = (abs(a) < 2.0**400) & (abs(b) < 2.0**400) & (abs(c) < 2.0**900)
+    safe &= (abs(product) > 2.0**-900) | (a == 0) | (b == 0)
+    for index in map(tuple, np.argwhere(~safe)):
+        result[index] = fma_in_rationals(float(a[index]), float(b[index]), float(c[index]))
+    return result
+
+
+def fma_in_rationals(a, b, c):
+    """The float64 nearest to the exact a * b + c, one element."""
+    if not np.isfinite(a * 0.0 + b * 0.0 + c * 0.0) or a == 0 or b == 0:
+        return a * b + c
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    if exact == 0:
+        return 0.0
+    try:
+        return exact.numerator / exact.denominator  # correctly rounded, subnormals too
+    except OverflowError:
+        return np.inf if exact > 0 else -np.inf
+
+
+def rounded(x, dtype):
+    """x as dtype would store it: rounded once to nearest even."""
+    if dtype not in NARROW:
+        return x
+    digits, smallest = NARROW[dtype]
+    x = np.asarray(x, np.float32).astype(np.float64)
+    finite = np.where(np.isfinite(x), x, 0)
+    exponent = np.maximum(np.frexp(finite)[1] - digits, smallest)
+    result = np.ldexp(np.rint(np.ldexp(finite, -exponent)), exponent)
+    limit = 2.0**16 if dtype == "float16" else 2.0**128
+    result = np.where(abs(result) >= limit, np.copysign(np.inf, result), result)
+    return np.where(np.isfinite(x), result, x).astype(np.float32)
+
+
+def step(
+    p,
+    g,
+    m,
+    dtype,
+    *,
+    lr,
+    momentum=0.0,
+    dampening=0.0,
+    weight_decay=0.0,
+    nesterov=False,
+    l1=0.0,
+    l2_mode="coupled",
+    maximize=False,
+):
+    """One step on arrays; ``m`` is None at the first step. Returns the new p and m."""
+    c = compute_type(dtype)
+    fma = fma64 if c is np.float64 else fma32
+    k = (1 - dampening) / (1 - momentum) if momentum != 0 else 1.0
+    with np.errstate(all="ignore"):
+        threshold = c(lr * (l1 * k))
+        scale = c(1 / (1 + lr * (weight_decay * k)))
+        p, g = np.asarray(p, c), np.asarray(g, c)
+        if maximize:
+            g = -g
+        d = fma(c(weight_decay), p, g) if weight_decay != 0 and l2_mode == "coupled" else g
+        s = d
+        if momentum != 0:
+            m = d if m is None else fma(c(1 - dampening), d, c(momentum) * np.asarray(m, c))
+            s = fma(c(momentum), m, d) if nesterov else m
+            m = rounded(m, dtype)
+        v = fma(c(-lr), s, p)
+        if threshold != 0:
+            within = np.where(np.isnan(v), v, c(0))
+            v = np.where(
+                v > threshold, v - threshold, np.where(v < -threshold, v + threshold, within)
+            )
+        if l2_mode == "proximal" and weight_decay != 0:
+            v = v * scale
+        return rounded(v, dtype), m
+
+
+def values(tensor):
+    """A tensor's values as an array of the compute type."""
+    tensor = tensor.detach().cpu()
+    return (tensor if str(tensor.dtype) == "torch.float64" else tensor.float()).numpy().copy()
+
+
+def assert_same(actual, expected, what=""):
+    """Equal bit by bit, the sign of zero included. A NaN equals every NaN."""
+    actual, expected = (
+        values(x) if hasattr(x, "detach") else np.asarray(x) for x in (actual, expected)
+    )
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype}, not {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: {actual.shape}, not {expected.shape}"
+    same = (actual == expected) & (np.signbit(actual) == np.signbit(expected))
+    same |= np.isnan(actual) & np.isnan(expected)
+    if not same.all():
+        index = tuple(int(i[0]) for i in np.nonzero(np.atleast_1d(~same)))
+        raise AssertionError(
+            f"{what}: {np.count_nonzero(~same)} of {same.size} differ, first at {index}: "
+            f"{np.atleast_1d(actual)[index].item().hex()}, "
+            f"not {np.atleast_1d(expected)[index].item().hex()}"
+        )

@@ -1,0 +1,233 @@
+"""Building from source: what a stranger's `pip install .` meets."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WITHOUT_CUDA = {"RESNET_REG_EXT_CUDA": "0"}
+
+# Runs on a Python that has no torch: the module itself must load, and plan and describe itself.
+SMOKE = """
+import glob, importlib.util, sys
+(path,) = glob.glob(sys.argv[1] + "/resnet_reg_ext/_C*.so")
+spec = importlib.util.spec_from_file_location("_C", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert "torch" not in sys.modules
+assert module.build_info()["version"] and "baseline" in module.simd_levels()
+(launch,) = module.plan_prox_sgd_cuda(
+    "float32", [(4096, 8192, 12288, 5000)], 0.1, 0.9, 0.0, 0.0, 1e-3, False, False, False, False
+)
+assert launch["grid"] == 2 and launch["block"] == 256, launch
+class Reads:  # what the reader needs of a tensor, without torch
+    pass
+import ctypes
+store = {name: (ctypes.c_float * 3)(*values) for name, values in
+         {"p": (1.0, -1.0, 0.05), "g": (1.0, 1.0, 0.0)}.items()}
+tensors = {name: Reads() for name in store}
+names = {id(t): n for n, t in tensors.items()}
+def describe(t):
+    return (ctypes.addressof(store[names[id(t)]]), 1, 0, 2, 32, (3,), (1,))
+reader = module.TensorReader(None, describe, lambda device: 0, Reads, Reads)
+reading = reader.read([tensors["p"]], [tensors["g"]], None)
+assert reading.misfits == [], reading.misfits
+module.prox_sgd_(reader, reading, 0.25, 0.0, 0.0, 0.0, 1.0, False, False, False, False, 2)
+assert list(store["p"]) == [0.5, -1.0, 0.0], list(store["p"])
+print("smoke test passed")
+"""
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def clean_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources alone, as a clone has them."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("csrc", "resnet_reg_ext"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def build_wheel(python: str, source: Path, out: Path, **environment: str) -> Path:
+    result = run(
+        [python, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(out), str(source)],
+        **{**WITHOUT_CUDA, **environment},
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_the_wheel_builds_and_runs_on_other_pythons(
+    version: str, clean_copy: Path, tmp_path: Path
+) -> None:
+    python = shutil.which(f"python{version}")
+    works = python and run([python, "-m", "pip", "--version"]).returncode == 0
+    if not works and (pyenv := shutil.which("pyenv")):
+        found = run([pyenv, "prefix", "--", version]).stdout.strip()
+        versions = Path(found).parent if found else Path.home() / ".pyenv" / "versions"
+        candidates = sorted(versions.glob(f"{version}.*/bin/python"))
+        python = str(candidates[-1]) if candidates else None
+        works = python is not None
+    if not works or python is None:
+        pytest.skip(f"there is no Python {version} on this machine")
+    wheel = build_wheel(python, clean_copy, tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "unpacked")
+    result = run([python, "-c", SMOKE, str(tmp_path / "unpacked")])
+    assert result.returncode == 0, result.stderr
+    assert "smoke test passed" in result.stdout
+
+
+def test_a_source_distribution_builds_into_a_wheel_without_litter(
+    clean_copy: Path, tmp_path: Path
+) -> None:
+    script = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=clean_copy,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **WITHOUT_CUDA},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    assert (source / "csrc" / "cuda" / "kernel.cu").is_file()
+
+    wheel = build_wheel(sys.executable, source, tmp_path / "wheel")
+    names = zipfile.ZipFile(wheel).namelist()
+    stray = [
+        n
+        for n in names
+        if ".dist-info/" not in n
+        and not n.startswith("resnet_reg_ext/_C.")
+        and not (n.startswith("resnet_reg_ext/") and n.endswith((".py", "py.typed")))
+    ]
+    assert stray == []
+    assert sum(n.startswith("resnet_reg_ext/_C.") for n in names) == 1
+
+
+def test_ninja_rebuilds_what_a_changed_header_touches_and_no_more(clean_copy: Path) -> None:
+    def build() -> str:
+        result = subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=clean_copy,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **WITHOUT_CUDA},
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    build()
+    assert "no work to do" in build()
+    header = clean_copy / "csrc" / "tensors.h"
+    header.write_text(header.read_text() + "\n// changed\n")
+    output = build()
+    assert "tensors.cpp" in output
+    assert "bindings.cpp" in output
+    assert "kernel.cpp" not in output
+
+
+def configure(clean_copy: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext"],
+        cwd=clean_copy,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_without_a_compiler_the_install_names_the_way_out(clean_copy: Path, tmp_path: Path) -> None:
+    result = configure(clean_copy, PATH=str(tmp_path), CXX="", **WITHOUT_CUDA)
+    assert result.returncode != 0
+    assert "no C++ compiler was found" in result.stderr
+    assert "RESNET_REG_EXT_NATIVE=0" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_pure_pytorch_can_be_asked_for(clean_copy: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(
+        sys.executable, clean_copy, tmp_path, RESNET_REG_EXT_NATIVE="0", PATH=os.environ["PATH"]
+    )
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "pure")
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'pure')!r})\n"
+        "import torch, resnet_reg_ext as r\n"
+        "assert r._native._C is None and r.__file__.startswith(sys.path[0])\n"
+        "w = torch.nn.Parameter(torch.tensor([1.0, 0.05])); w.grad = torch.zeros(2)\n"
+        "r.ProxSGD([w], lr=1.0, momentum=0.0, weight_decay=0.0, l1=0.5).step()\n"
+        "assert w.tolist() == [0.5, 0.0], w\n"
+        "try:\n    r.ProxSGD([w], fused=True)\n"
+        "except RuntimeError as error:\n    assert 'native module' in str(error)\n"
+        "else:\n    raise AssertionError('fused=True was accepted')\n"
+    )
+    result = run([sys.executable, "-P", "-c", script])
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("RESNET_REG_EXT_CUDA", "yes", "must be 0, 1 or unset"),
+        ("RESNET_REG_EXT_NATIVE", "off", "must be 0, 1 or unset"),
+    ],
+)
+def test_a_wrong_setting_is_named(
+    clean_copy: Path, variable: str, value: str, message: str
+) -> None:
+    result = configure(clean_copy, **{variable: value})
+    assert result.returncode != 0
+    assert f"{variable}={value!r}: {message}" in result.stderr
+
+
+def test_an_unknown_architecture_is_named_with_those_that_are_known(clean_copy: Path) -> None:
+    result = configure(clean_copy, RESNET_REG_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0 99.9")
+    assert result.returncode != 0
+    assert "'99.9' is not an architecture" in result.stderr
+    assert "9.0" in result.stderr.split("knows")[-1]
+
+
+def test_chosen_architectures_are_built(clean_copy: Path) -> None:
+    result = configure(clean_copy, RESNET_REG_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (module,) = clean_copy.glob("build/lib*/resnet_reg_ext/_C*.so")
+    script = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('_C', sys.argv[1])\n"
+        "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)\n"
+        "print(m.build_info()['cuda_architectures'])\n"
+    )
+    assert run([sys.executable, "-c", script, str(module)]).stdout.strip() == "8.0 9.0+PTX"

@@ -1,0 +1,75 @@
+"""The command ``resnet-reg``."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+import torch
+
+import resnet_reg_ext
+from resnet_reg_ext import _native, cli
+
+SCRIPT = pathlib.Path(sysconfig.get_path("scripts")) / "resnet-reg"
+
+
+def rows(text):
+    """The lines of two columns as a dict."""
+    return dict(re.split(r"\s{2,}", line, maxsplit=1) for line in text.strip().splitlines())
+
+
+def test_info_says_what_is_here(capsys):
+    assert cli.main(["info"]) == 0
+    said = rows(capsys.readouterr().out)
+    build = _native._C.build_info()
+    assert said["resnet_reg_ext"] == resnet_reg_ext.__version__
+    assert said["torch"] == torch.__version__
+    assert said["Python"] == ".".join(str(n) for n in sys.version_info[:3])
+    assert build["version"] in said["native module"]
+    assert said["SIMD level"].startswith(_native._C.simd_level())
+    assert said["threads"].startswith(str(torch.get_num_threads()))
+    if build["cuda_toolkit"]:
+        assert said["CUDA architectures"] == build["cuda_architectures"]
+    else:
+        assert said["CUDA"].startswith("not built: ")
+        assert len(said["CUDA"]) > len("not built: ")
+    assert "NVIDIA driver" in said
+
+
+@pytest.mark.usefixtures("runtime")
+def test_info_tells_the_level_and_reader_in_use(capsys):
+    _native._C.set_simd_level("baseline")
+    _native.use_exchange_api(False)
+    cli.main(["info"])
+    said = rows(capsys.readouterr().out)
+    assert said["SIMD level"].startswith("baseline")
+    assert "Python" in said["reads tensors through"]
+
+
+def test_the_installed_script_runs(tmp_path):
+    environment = {**os.environ, "RESNET_REG_EXT_SIMD": "baseline"}
+    result = subprocess.run(
+        [SCRIPT, "info"], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    said = rows(result.stdout)
+    assert said["resnet_reg_ext"] == resnet_reg_ext.__version__
+    assert said["SIMD level"].startswith("baseline")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.strip() == resnet_reg_ext.__version__
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"]], ids=["none", "unknown"])
+def test_wrong_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: resnet-reg" in capsys.readouterr().err

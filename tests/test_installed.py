@@ -1,0 +1,119 @@
+"""What is tested is the installed package with its native module, which needs no torch library."""
+
+import importlib.metadata
+import pathlib
+import struct
+import subprocess
+import sys
+import sysconfig
+
+import torch
+
+import resnet_reg_ext
+from resnet_reg_ext import _native
+
+HERE = pathlib.Path(__file__).resolve()
+NATIVE = pathlib.Path(_native._C.__file__).resolve()
+
+
+def needed_libraries(path):
+    """The DT_NEEDED entries of a 64-bit little-endian ELF file."""
+    data = path.read_bytes()
+    assert data[:6] == b"\x7fELF\x02\x01"
+    (table,) = struct.unpack_from("<Q", data, 32)
+    entry_size, count = struct.unpack_from("<HH", data, 54)
+    segments = [struct.unpack_from("<IIQQQQQ", data, table + i * entry_size) for i in range(count)]
+
+    def offset_of(address):
+        for kind, _, offset, start, _, size, _ in segments:
+            if kind == 1 and start <= address < start + size:  # PT_LOAD
+                return offset + address - start
+        raise ValueError(f"address {address} is in no segment")
+
+    (dynamic,) = (s for s in segments if s[0] == 2)  # PT_DYNAMIC
+    entries = list(struct.iter_unpack("<QQ", data[dynamic[2] : dynamic[2] + dynamic[5]]))
+    (strings,) = (offset_of(value) for tag, value in entries if tag == 5)  # DT_STRTAB
+
+    def text(at):
+        return data[strings + at : data.index(b"\0", strings + at)].decode()
+
+    return [text(value) for tag, value in entries if tag == 1]
+
+
+def test_the_package_is_the_installed_one():
+    package = pathlib.Path(resnet_reg_ext.__file__).resolve().parent
+    places = {pathlib.Path(sysconfig.get_path(key)).resolve() for key in ("purelib", "platlib")}
+    assert package.parent in places
+    assert HERE.parents[1] not in package.parents
+    assert NATIVE.parent == package
+
+
+def test_every_module_is_the_installed_one():
+    package = pathlib.Path(resnet_reg_ext.__file__).resolve().parent
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "resnet_reg_ext" and getattr(module, "__file__", None):
+            assert package in pathlib.Path(module.__file__).resolve().parents, name
+
+
+def test_versions_agree():
+    version = importlib.metadata.version("resnet_reg_ext")
+    assert resnet_reg_ext.__version__ == version
+    assert _native._C.build_info()["version"] == version
+
+
+def test_what_is_installed_holds_no_litter():
+    files = importlib.metadata.files("resnet_reg_ext")
+    kinds = {f.suffix for f in files if f.parts[0] == "resnet_reg_ext"} - {".pyc"}
+    assert kinds == {".py", ".so", ".typed"}
+    natives = [f for f in files if f.suffix == ".so"]
+    assert len(natives) == 1
+    tops = {f.parts[0] for f in files} - {".."}  # the console script lies outside
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"resnet_reg_ext"}
+
+
+def test_torch_is_a_run_time_dependency_with_a_lower_bound_only():
+    requires = importlib.metadata.requires("resnet_reg_ext")
+    (requirement,) = (r for r in requires if r.startswith("torch") and "extra" not in r)
+    assert requirement.startswith("torch>=")
+    assert "," not in requirement
+
+
+def test_the_native_module_links_neither_torch_nor_cuda():
+    libraries = needed_libraries(NATIVE)
+    assert any(name.startswith("libc.so") for name in libraries)  # the parser does find them
+    for name in libraries:
+        assert not name.startswith(("libtorch", "libc10", "libcuda", "libcudart", "libnv")), name
+
+
+def test_the_parser_finds_torchs_own_libraries():
+    """On a file that does link torch."""
+    torch_module = next(pathlib.Path(torch.__file__).parent.glob("_C.*.so"))
+    library = pathlib.Path(torch.__file__).parent / "lib" / "libtorch_python.so"
+    assert any(
+        name.startswith("libtorch")
+        for path in (torch_module, library)
+        for name in needed_libraries(path)
+    )
+
+
+def test_the_native_module_loads_without_torch(tmp_path):
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("resnet_reg_ext._C", {str(NATIVE)!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert "torch" not in sys.modules
+print(module.build_info()["version"], module.simd_level())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    version, level = result.stdout.split()
+    assert version == resnet_reg_ext.__version__
+    assert level in _native._C.simd_levels()
+
+
+def test_public_names():
+    for name in resnet_reg_ext.__all__:
+        assert getattr(resnet_reg_ext, name) is not None

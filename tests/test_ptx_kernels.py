@@ -1,0 +1,277 @@
+"""The shipped CUDA kernels, executed from nvcc's PTX with the shipped host code's launch plans."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import cuda_harness as harness
+import numpy as np
+import ptx
+import pytest
+import torch
+from cuda_harness import DEFAULTS, OPTIONS, STORAGE, UNITS_PER_BLOCK, VECTOR, option_id
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resnet_reg_ext import functional
+from resnet_reg_ext._native import _C
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+ARCHITECTURES = ("compute_80", "compute_90", ptx.newest_arch())
+
+
+def on_cpu(dtype, tensors, options, first):
+    """What the CPU backend makes of the same bytes."""
+    torch_dtype = getattr(torch, dtype)
+    signed = {2: torch.int16, 4: torch.int32, 8: torch.int64}[STORAGE[dtype]().itemsize]
+
+    def tensor(bits):
+        return torch.from_numpy(bits.copy().view(np.dtype(str(signed).split(".")[1]))).view(
+            torch_dtype
+        )
+
+    def bits(t):
+        return t.view(signed).numpy().view(STORAGE[dtype])
+
+    ps = [tensor(t.p) for t in tensors]
+    ms = [tensor(t.m) for t in tensors]
+    functional.prox_sgd_(
+        ps,
+        [tensor(t.g) for t in tensors],
+        ms if options.get("momentum") else None,
+        first_step=first,
+        fused=True,
+        **options,
+    )
+    return [bits(p) for p in ps], [bits(m) for m in ms] if options.get("momentum") else []
+
+
+def check(arch, dtype, tensors, options, *, first=False, capacity=0, races=True):
+    """Kernel, CPU backend and NumPy reference agree to the byte, and the interpreter has no finding."""
+    outcome = harness.execute(
+        harness.module_for(arch),
+        _C.plan_prox_sgd_cuda,
+        dtype,
+        tensors,
+        options,
+        first=first,
+        capacity=capacity,
+        races=races,
+    )
+    for result in outcome.results:
+        result.raise_if_findings()
+    assert outcome.guards == []
+    for source in (on_cpu, harness.expected):
+        params, momenta = source(dtype, tensors, options, first)
+        assert harness.differences(outcome.params, params, dtype) == 0, source.__name__
+        assert harness.differences(outcome.momenta, momenta, dtype) == 0, source.__name__
+    return outcome
+
+
+def test_the_flags_are_those_of_the_build():
+    assert _C.build_info()["cuda_flags"] == " ".join(harness.FLAGS)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_rounding_is_pinned(arch):
+    """No multiplication and addition that ptxas would be free to fuse."""
+    module = harness.module_for(arch)
+    assert sorted(ptx.list_kernels(module)) == sorted(f"prox_sgd_{d}" for d in DTYPES)
+    for kernel in module.kernels.values():
+        assert ptx.contractable(kernel) == []
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=option_id)
+def test_every_option(options, dtype, arch):
+    v = VECTOR[dtype]
+    sizes = [v + 1, 0, 300, 256 * v * 2 + 3, 1]
+    tensors = harness.make_tensors(sizes, dtype, seed=1)
+    check(arch, dtype, tensors, options, first=False)
+    if options.get("momentum"):
+        check(arch, dtype, tensors, options, first=True)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_across_every_boundary(dtype, arch):
+    sizes = harness.boundary_sizes(dtype) + [UNITS_PER_BLOCK * VECTOR[dtype] * 3 + 5]
+    check(arch, dtype, harness.make_tensors(sizes, dtype, seed=2), OPTIONS[4])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_combination_of_alignments(dtype):
+    skews = list(itertools.product((0, 1), (0, 1), (0, VECTOR[dtype] - 1)))
+    sizes = [VECTOR[dtype] * 3 + 1, 1000] * len(skews)
+    tensors = harness.make_tensors(sizes, dtype, seed=3, skews=[s for s in skews for _ in (0, 1)])
+    check("compute_90", dtype, tensors, OPTIONS[5])
+    check("compute_90", dtype, tensors, OPTIONS[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_more_tensors_than_a_table_holds(dtype):
+    tensors = harness.make_tensors([(i * 7) % 13 for i in range(1900)], dtype, seed=4)
+    outcome = check("compute_90", dtype, tensors, OPTIONS[4])
+    assert len(outcome.results) == 3  # 817 or so to a table; empty tensors take no place
+
+
+@pytest.mark.parametrize("sizes", [[0], [0, 0], [0, 5], [5, 0], [0, 5, 0, 0, 4096, 0]], ids=str)
+@pytest.mark.parametrize("capacity", [0, 1])
+def test_empty_tensors_take_no_place(sizes, capacity):
+    tensors = harness.make_tensors(sizes, "float32", seed=5)
+    outcome = check("compute_90", "float32", tensors, OPTIONS[4], capacity=capacity)
+    filled = sum(n > 0 for n in sizes)
+    assert len(outcome.results) == (filled if capacity else min(filled, 1))
+
+
+def test_one_huge_among_many_tiny():
+    sizes = [1, 3, 2] * 40 + [150_001] + [5, 1] * 40
+    check("compute_90", "float32", harness.make_tensors(sizes, "float32", seed=6), OPTIONS[4])
+
+
+@st.composite
+def buckets(draw):
+    dtype = draw(st.sampled_from(DTYPES))
+    boundary = st.sampled_from(harness.boundary_sizes(dtype))
+    sizes = draw(st.lists(st.one_of(boundary, st.integers(0, 600)), min_size=1, max_size=7))
+    skew = st.integers(0, VECTOR[dtype] - 1)
+    skews = draw(st.lists(st.tuples(skew, skew, skew), min_size=1, max_size=3))
+    options = draw(st.sampled_from(OPTIONS))
+    return dtype, sizes, skews, options, draw(st.booleans()), draw(st.sampled_from([0, 1, 2, 3]))
+
+
+@settings(max_examples=60)
+@given(buckets(), st.integers(0, 2**16))
+def test_any_bucket(bucket, seed):
+    dtype, sizes, skews, options, first, capacity = bucket
+    tensors = harness.make_tensors(sizes, dtype, seed=seed, skews=skews)
+    check("compute_90", dtype, tensors, options, first=first, capacity=capacity)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sizes_and_addresses_past_32_bits(arch):
+    """A tensor of 2^32 + 1001 elements: its first, last and in-between blocks, and no others."""
+    numel = 2**32 + 1001
+    chunk = UNITS_PER_BLOCK * 4
+    options = OPTIONS[4]
+
+    def fill(factor):
+        return lambda start, count: to_pattern(np.arange(start, start + count), factor)
+
+    def to_pattern(offsets, factor):
+        words = ((offsets // 4) * factor % 1009).astype(np.float32) / np.float32(1009)
+        shift = (offsets % 4).astype(np.uint32) * 8
+        return (words.view(np.uint32) >> shift).astype(np.uint8)
+
+    arena = ptx.Arena()
+    spans = [
+        arena.place_lazy(2**40 * (i + 1), numel * 4, name=name, fill=fill(factor))
+        for i, (name, factor) in enumerate([("param", 7), ("grad", 11), ("momentum", 13)])
+    ]
+    triple = (*(s.address for s in spans), numel)
+    (launch,) = _C.plan_prox_sgd_cuda("float32", [triple], *harness.plan_arguments(options, False))
+    assert launch["grid"] == -(-numel // chunk)
+    blocks = [0, 2**31 // chunk - 1, 2**31 // chunk, 2**32 // chunk - 1, 2**32 // chunk]
+    result = ptx.launch(
+        harness.module_for(arch),
+        launch["kernel"],
+        grid=launch["grid"],
+        block=launch["block"],
+        params=launch["parameters"],
+        memory=arena,
+        blocks=blocks,
+    )
+    result.raise_if_findings()
+    for block in blocks:
+        begin, end = block * chunk, min((block + 1) * chunk, numel)
+        offsets = np.arange(begin * 4, end * 4, dtype=np.int64)
+        t = harness.Tensor(*(to_pattern(offsets, f).view(np.uint32) for f in (7, 11, 13)))
+        params, momenta = harness.expected("float32", [t], options, False)
+        for span, wanted in ((spans[0], params[0]), (spans[2], momenta[0])):
+            got = arena.read(span.address + begin * 4, (end - begin) * 4).view(np.uint32)
+            assert np.array_equal(got, wanted), (block, span.name)
+
+
+def test_a_bucket_too_large_for_a_grid_is_refused():
+    with pytest.raises(ValueError, match="too large for one CUDA grid"):
+        _C.plan_prox_sgd_cuda(
+            "float64", [(16, 32, 48, 2**43)], *harness.plan_arguments({"lr": 0.1}, False)
+        )
+
+
+# ---- tables of 4 KiB, for a toolkit before CUDA 12.1 ----------------------------------------------
+
+
+def test_small_tables(tmp_path: Path):
+    define = "-DPROX_SGD_PARAMETER_BYTES=4096"
+    plan = harness.compile_plan(harness.CSRC, tmp_path, [define])
+    module = harness.module_for("compute_80", flags=(*harness.FLAGS, define))
+    tensors = harness.make_tensors([(i * 5) % 11 + 1 for i in range(250)], "float32", seed=7)
+    outcome = harness.execute(module, plan, "float32", tensors, OPTIONS[4])
+    assert outcome.findings == []
+    assert outcome.guards == []
+    assert len(outcome.results) == 3  # 100 tensors to a table
+    params, momenta = harness.expected("float32", tensors, OPTIONS[4], False)
+    assert harness.differences(outcome.params, params, "float32") == 0
+    assert harness.differences(outcome.momenta, momenta, "float32") == 0
+
+
+# ---- ResNet-50 whole -----------------------------------------------------------------------------
+
+def resnet50_sizes() -> list[int]:
+    """Elements of ResNet-50's 161 parameters, in order (He et al., 2015, table 1)."""
+    sizes = [64 * 3 * 49, 64, 64]
+    inside = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            sizes += [inside * width, width, width, width * width * 9, width, width]
+            sizes += [width * 4 * width, width * 4, width * 4]
+            if block == 0:
+                sizes += [inside * width * 4, width * 4, width * 4]
+            inside = width * 4
+    return [*sizes, 1000 * inside, 1000]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "bytes_an_element"),
+    [("float32", OPTIONS[4], 20), ("bfloat16", OPTIONS[4], 10), ("float32", OPTIONS[1], 12)],
+    ids=["float32", "bfloat16", "float32-without-momentum"],
+)
+def test_resnet50_whole(dtype, options, bytes_an_element):
+    sizes = resnet50_sizes()
+    assert len(sizes) == 161
+    assert sum(sizes) == 25_557_032
+    rng = np.random.default_rng(0)
+    storage = STORAGE[dtype]
+    pool = harness.draw(2**20 + 7, dtype, rng, 0.03)
+
+    def drawn(n):
+        return np.resize(np.roll(pool, int(rng.integers(2**20))), n).astype(storage)
+
+    tensors = [harness.Tensor(drawn(n), drawn(n), drawn(n)) for n in sizes]
+    outcome = harness.execute(
+        harness.module_for("compute_90"),
+        _C.plan_prox_sgd_cuda,
+        dtype,
+        tensors,
+        options,
+        races=False,
+    )
+    (result,) = outcome.results  # one launch
+    result.raise_if_findings()
+    assert outcome.guards == []
+    params, momenta = on_cpu(dtype, tensors, options, False)
+    assert harness.differences(outcome.params, params, dtype) == 0
+    assert harness.differences(outcome.momenta, momenta, dtype) == 0
+
+    counts = result.counts
+    assert counts.bytes == bytes_an_element * sum(sizes)
+    assert counts.load.efficiency >= 0.995
+    assert counts.store.efficiency >= 0.995
+    assert counts.imbalance <= 1.02
+
+
+def test_defaults_cover_every_option():
+    assert {k for options in OPTIONS for k in options} == set(DEFAULTS)

@@ -1,0 +1,184 @@
+"""The bits depend neither on the number of threads nor on the instruction set nor on the reader."""
+
+import os
+import subprocess
+import sys
+import zlib
+
+import pytest
+import reference
+import torch
+from reference import assert_same
+
+from resnet_reg_ext import ProxSGD, _native
+
+CHUNK = 32768
+# Chunks inside a tensor, chunks of many tensors, and tensors that cross a chunk's end.
+SIZES = [
+    (3 * CHUNK + 5,),
+    (0,),
+    (1,),
+    *[(i,) for i in range(1, 400, 3)],
+    (CHUNK,),
+    (CHUNK - 1,),
+    (7,),
+]
+OPTIONS = {
+    "recipe": {"momentum": 0.9, "weight_decay": 0.02, "l1": 0.01},
+    "nesterov, proximal": {
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 0.02,
+        "l1": 0.01,
+        "l2_mode": "proximal",
+        "maximize": True,
+    },
+    "dampening, no l1": {"momentum": 0.9, "dampening": 0.3, "l1": 0.0},
+    "no momentum": {"momentum": 0.0, "weight_decay": 0.02, "l1": 0.1},
+}
+LEVELS = _native._C.simd_levels()
+
+
+def trajectory(dtype, options, fused=True, steps=2):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(size):
+        return torch.randn(size, generator=generator).to(getattr(torch, dtype))
+
+    params = [torch.nn.Parameter(randn(size)) for size in SIZES]
+    optimizer = ProxSGD(params, lr=0.1, **options, fused=fused)
+    for _ in range(steps):
+        for p in params:
+            p.grad = randn(p.shape)
+        optimizer.step()
+    buffers = [optimizer.state[p].get("momentum_buffer") for p in params]
+    return params + [b for b in buffers if b is not None]
+
+
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_thread_count_and_level(options, dtype):
+    torch.set_num_threads(1)
+    expected = trajectory(dtype, OPTIONS[options], fused=False)
+    for level in LEVELS:
+        _native._C.set_simd_level(level)
+        assert _native._C.simd_level() == level
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            actual = trajectory(dtype, OPTIONS[options])
+            for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+                assert_same(a, b, f"{level}, {threads} threads, tensor {i}")
+
+
+def extremes(dtype):
+    """Every exponent, and at each the ends and the middle of the significands, of both signs."""
+    if dtype in ("float16", "bfloat16"):
+        bits = torch.arange(-(2**15), 2**15, 3).to(torch.int16)
+    elif dtype == "float32":
+        bits = torch.arange(-(2**31), 2**31, 2**31 // 4096 * 41 + 977).to(torch.int32)
+    else:
+        bits = torch.arange(-(2**15), 2**15, 7).mul(2**48).add(12345678901)
+    return bits.view(getattr(torch, dtype))
+
+
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_extreme_values_at_every_level(level, dtype):
+    """The baseline emulates fma and the narrow types' rounding; not only in the middle range."""
+    _native._C.set_simd_level(level)
+    some = extremes(dtype)
+    for options in (
+        {"lr": 1.0, "weight_decay": 0.7},
+        {"lr": 0.3, "momentum": 0.7, "l1": 1e-6},
+        {"lr": 2.0**-20, "momentum": 0.5, "nesterov": True, "weight_decay": 3.0},
+    ):
+        options = {"momentum": 0.0, "l1": 0.0, "weight_decay": 0.0, **options}
+        results = []
+        for fused in (True, False):
+            p = torch.nn.Parameter(some.clone())
+            optimizer = ProxSGD([p], **options, fused=fused)
+            for shift in (1, 4567 % len(some), len(some) // 2):
+                p.grad = some.roll(shift)
+                optimizer.step()
+                results.append(p.detach().clone())
+        half = len(results) // 2
+        for a, b in zip(results[:half], results[half:], strict=True):
+            assert_same(a, b, level)
+
+
+def test_both_levels_run_on_x86():
+    if os.uname().machine == "x86_64" and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+        assert LEVELS == ["baseline", "avx2"]
+    assert LEVELS[0] == "baseline"
+
+
+@pytest.mark.usefixtures("runtime")
+def test_an_unknown_level_is_refused():
+    before = _native._C.simd_level()
+    with pytest.raises(ValueError, match=r"SIMD level 'avx1024' is unknown: 'baseline' or 'avx2'"):
+        _native._C.set_simd_level("avx1024")
+    assert _native._C.simd_level() == before
+
+
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_without_the_exchange_api(dtype):
+    """As with a torch before 2.13: tensors are described in Python."""
+    results = []
+    for enable in (True, False):
+        _native.use_exchange_api(enable)
+        results.append(trajectory(dtype, OPTIONS["recipe"]))
+    assert not _native._reader.has_exchange_api
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
+        assert_same(a, b, f"tensor {i}")
+
+
+def test_the_switch_that_hides_the_exchange_api_took_effect():
+    hidden = os.environ.get("RESNET_REG_EXT_TEST_NO_EXCHANGE_API") == "1"
+    torch_has_it = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    assert _native._reader.has_exchange_api == (torch_has_it and not hidden)
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13):
+        assert torch_has_it
+
+
+PROBE = """
+import zlib, torch
+from resnet_reg_ext import ProxSGD, _native
+p = torch.nn.Parameter(torch.linspace(-1, 1, 100_003))
+optimizer = ProxSGD([p], lr=0.1, l1=0.02, weight_decay=0.3, fused=True)
+for i in range(3):
+    p.grad = torch.sin(torch.arange(100_003) * (i + 1.0)).mul(8).round().div(8)
+    optimizer.step()
+print(_native._C.simd_level(), zlib.crc32(p.detach().numpy().tobytes()))
+"""
+
+
+def run_probe(tmp_path, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", PROBE],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_environment_variable_picks_the_level(tmp_path):
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 100_003))
+    optimizer = ProxSGD([p], lr=0.1, l1=0.02, weight_decay=0.3, fused=False)
+    for i in range(3):
+        p.grad = torch.sin(torch.arange(100_003) * (i + 1.0)).mul(8).round().div(8)
+        optimizer.step()
+    checksum = str(zlib.crc32(p.detach().numpy().tobytes()))
+    # Not the default level, so that the variable is seen to act; in a new process, natively.
+    result = run_probe(tmp_path, RESNET_REG_EXT_SIMD="baseline", OMP_NUM_THREADS="2")
+    assert result.stdout.split() == ["baseline", checksum], result.stderr
+
+
+def test_environment_variable_with_an_unknown_level(tmp_path):
+    result = run_probe(tmp_path, RESNET_REG_EXT_SIMD="avx1024")
+    assert result.returncode != 0
+    assert "RESNET_REG_EXT_SIMD" in result.stderr.splitlines()[-1]
+    assert "'avx1024' is unknown" in result.stderr.splitlines()[-1]
