@@ -74,7 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is built and usable here, and why something is not")
-    parser.parse_args(arguments)
+    commands.add_parser(
+        "demo",
+        help="train a ResNet-50 on digit images with and without regularisation",
+        add_help=False,
+    )
+    chosen, rest = parser.parse_known_args(arguments)
+    if chosen.command == "demo":
+        from .recipe import demo
+
+        return demo.main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(info())
     return 0
 

@@ -7,7 +7,6 @@ native kernels, which give the same bits.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,8 @@ from . import _native
 
 L2_MODES = ("coupled", "proximal")
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
 
 def soft_threshold(x: Tensor, threshold: float) -> Tensor:
     r"""The proximal map of the L1 norm, elementwise.
@@ -25,8 +26,7 @@ def soft_threshold(x: Tensor, threshold: float) -> Tensor:
     .. math:: S_t(x) = \operatorname{sign}(x)\,\max(|x| - t, 0)
               = \arg\min_u \tfrac12 (u - x)^2 + t |u|
 
-    Computed as ``x - clamp(x, -t, t)``, which gives +0 wherever ``|x| <= t``, keeps infinities and
-    passes NaN on. (Parikh and Boyd, *Proximal Algorithms*, 2014, section 6.5.2.)
+    Gives +0 wherever ``|x| <= t``, keeps infinities and passes NaN on. (Parikh and Boyd, *Proximal Algorithms*, 2014, section 6.5.2.)
 
     Args:
         x: a floating-point tensor of any shape.
@@ -40,7 +40,7 @@ def soft_threshold(x: Tensor, threshold: float) -> Tensor:
         ValueError: the threshold is negative, infinite or NaN.
     """
     t = _finite_and_not_negative(threshold, "threshold")
-    return x - x.clamp(-t, t)
+    return torch.where(x.abs() <= t, torch.zeros_like(x), x - x.clamp(-t, t))
 
 
 def elastic_net_prox(x: Tensor, l1: float, weight_decay: float, step: float = 1.0) -> Tensor:
@@ -124,7 +124,7 @@ def hyperparameters(group: Mapping[str, Any], where: str = "") -> Hyperparameter
         raise ValueError(f"{where}l2_mode is {group['l2_mode']!r}: must be one of {L2_MODES}")
     if group["fused"] not in (None, True, False):
         raise ValueError(f"{where}fused is {group['fused']!r}: must be None, True or False")
-    return Hyperparameters(
+    h = Hyperparameters(
         lr,
         momentum,
         dampening,
@@ -134,6 +134,12 @@ def hyperparameters(group: Mapping[str, Any], where: str = "") -> Hyperparameter
         bool(group["maximize"]),
         group["l2_mode"] == "proximal",
     )
+    if h.lr * max(h.l1, h.weight_decay) * h.gain > _FLOAT32_MAX:
+        raise ValueError(
+            f"{where}lr {h.lr}, l1 {h.l1} and weight_decay {h.weight_decay} with momentum "
+            f"{h.momentum}: their product is beyond float32"
+        )
+    return h
 
 
 def _finite_and_not_negative(value: Any, name: str) -> float:
@@ -146,8 +152,8 @@ def _finite_and_not_negative(value: Any, name: str) -> float:
             number = float(value)
         except (TypeError, ValueError):
             raise ValueError(f"{name} is {value!r}: must be a number") from None
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} is {value}: must be finite and not negative")
+    if not 0 <= number <= _FLOAT32_MAX:
+        raise ValueError(f"{name} is {value}: must not be negative, infinite or beyond float32")
     return number
 
 
@@ -218,9 +224,11 @@ def prox_sgd_(
     if h.momentum != 0 and momentum_buffers is None:
         raise ValueError(f"momentum is {momentum}: momentum_buffers must be given")
     buffers = list(momentum_buffers) if momentum_buffers is not None and h.momentum != 0 else None
-    for name, tensors in (("grads", grads), ("momentum_buffers", buffers)):
+    for name, tensors in (("params", params), ("grads", grads), ("momentum_buffers", buffers)):
         if tensors is not None and len(tensors) != len(params):
             raise ValueError(f"{len(params)} params, but {len(tensors)} {name}")
+        if name != "grads" and any(map(Tensor.is_neg, tensors or ())):
+            raise ValueError(f"{name} holds a lazily negated view: call resolve_neg() on it")
     prepare_prox_sgd(
         list(params), list(grads), buffers, h, first_step, fused, "params[{}]".format
     )()
@@ -248,6 +256,9 @@ def prepare_prox_sgd(
             check_triple(param, grad, momenta[i] if momenta else None, name(i))
         return lambda: _update_(params, grads, momenta, h, first)
 
+    # DLPack's exchange API doesn't tell of lazy negation (torch._neg_view, x.conj().imag).
+    if any(map(Tensor.is_neg, grads)):
+        grads = [grad.resolve_neg() for grad in grads]
     reading = _native.read(params, grads, momenta)
     misfits = _native.misfits(reading)
     if not misfits:
@@ -340,6 +351,11 @@ def check_triple(param: Tensor, grad: Tensor, momentum: Tensor | None, name: str
         raise ValueError(f"{name}: complex parameters and gradients are not supported")
     if param.layout is not torch.strided:
         raise ValueError(f"{name}: the parameter's layout is {param.layout}: must be strided")
+    if any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: the parameter overlaps itself in memory (shape {tuple(param.shape)}, strides "
+            f"{param.stride()}): must have a place for each element"
+        )
     if grad.layout is not torch.strided:
         raise ValueError(
             f"{name}: the gradient is sparse ({grad.layout}): sparse gradients are not supported"
@@ -372,6 +388,8 @@ def check_momentum(param: Tensor, momentum: Any, name: str) -> None:
     """
     if not isinstance(momentum, Tensor):
         raise ValueError(f"{name}: momentum_buffer is {momentum!r}: must be a tensor")
+    if momentum.is_neg():
+        raise ValueError(f"{name}: momentum_buffer is a lazily negated view: call resolve_neg()")
     if momentum.shape != param.shape:
         raise ValueError(
             f"{name}: momentum_buffer's shape is {tuple(momentum.shape)}: must be the "

@@ -51,7 +51,7 @@ def param_groups(
             names.setdefault(parameter, name)
             matching = [pattern for pattern in exclude if fnmatchcase(name, pattern)]
             unmatched.difference_update(matching)
-            if is_norm or leaf == "bias" or leaf.endswith("_bias") or matching:
+            if is_norm or "bias" in leaf.split("_") or matching:
                 unregularised.add(parameter)
     if not names:
         raise ValueError("param_groups: the model has no parameters")

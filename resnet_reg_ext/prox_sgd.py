@@ -120,7 +120,14 @@ class ProxSGD(Optimizer):
         hyperparameters(group, f"ProxSGD: param_groups[{index}]: ")
         if group["fused"] and not _native.available():
             raise RuntimeError(f"ProxSGD: fused=True, but {_native.missing}")
-        super().add_param_group(_with_names_apart(param_group))
+        param_group = _with_names_apart(param_group)
+        super().add_param_group(param_group)
+        for i, param in enumerate(self.param_groups[-1]["params"]):
+            if param.is_neg():
+                group = self.param_groups.pop()
+                raise ValueError(
+                    f"{_name(group, index, i)}: is a lazily negated view: call resolve_neg() on it"
+                )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickle or, at the end of ``load_state_dict``, a checkpoint.

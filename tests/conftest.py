@@ -1,7 +1,7 @@
 """What holds for the whole run.
 
-``RESNET_REG_EXT_TEST_NO_EXCHANGE_API=1`` hides DLPack's C exchange API from the native core, so that
-the way for an older torch is taken throughout.
+``RESNET_REG_EXT_TEST_NO_EXCHANGE_API=1`` hides DLPack's C exchange API from the native core, so
+that the way for an older torch is taken throughout.
 """
 
 import os
@@ -44,3 +44,23 @@ def runtime():
     torch.set_num_threads(threads)
     _native._C.set_simd_level(level)
     _native.use_exchange_api(exchange_api)
+
+
+class MutationScore:
+    """How many planted bugs the checks of the CUDA kernels have caught."""
+
+    planted = 0
+    caught = 0
+
+
+_score = MutationScore()
+
+
+@pytest.fixture
+def mutation_score():
+    return _score
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _score.planted:
+        terminalreporter.write_line(f"planted bugs caught: {_score.caught} of {_score.planted}")

@@ -108,6 +108,12 @@ def make_tensors(
     ]
 
 
+def signed_zeros(dtype: str) -> Tensor:
+    """Every combination of +0, -0 and a number among parameter, gradient and momentum."""
+    values = np.array(list(itertools.product((0.0, -0.0, 0.25), repeat=3)))
+    return Tensor(*(to_bits(values[:, i].copy(), dtype) for i in range(3)))
+
+
 # ---- plans and programs ------------------------------------------------------------------------
 
 Plan = Callable[..., list[dict[str, Any]]]
@@ -264,7 +270,7 @@ def execute(
                 params=launch["parameters"],
                 memory=arena,
                 races=races,
-                budget=200_000,
+                budget=30_000,
             )
         )
     outcome.guards = arena.check_guards()

@@ -171,7 +171,7 @@ def test_one_cycle(momentum_too, fused):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_momentum_switched_off_and_on_and_parameters_unfrozen_late(fused):
-    """A first step is a parameter's, not the list's; a stale buffer is taken up again, as in SGD."""
+    """A first step is a parameter's, not the list's; an old buffer is taken up again, as in SGD."""
     lists = [[nn.Parameter(randn((9,), i, torch.float32)) for i in range(4)] for _ in range(2)]
     optimizers = [
         ProxSGD(lists[0], lr=0.1, momentum=0.9, dampening=0.2, l1=0.0, fused=fused),

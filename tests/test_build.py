@@ -105,7 +105,9 @@ def test_the_wheel_builds_and_runs_on_other_pythons(
 def test_a_source_distribution_builds_into_a_wheel_without_litter(
     clean_copy: Path, tmp_path: Path
 ) -> None:
-    script = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    script = (
+        "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
         cwd=clean_copy,

@@ -48,7 +48,7 @@ def on_cpu(dtype, tensors, options, first):
 
 
 def check(arch, dtype, tensors, options, *, first=False, capacity=0, races=True):
-    """Kernel, CPU backend and NumPy reference agree to the byte, and the interpreter has no finding."""
+    """Kernel, CPU backend and NumPy reference agree to the byte; the interpreter has no finding."""
     outcome = harness.execute(
         harness.module_for(arch),
         _C.plan_prox_sgd_cuda,
@@ -88,7 +88,7 @@ def test_every_rounding_is_pinned(arch):
 def test_every_option(options, dtype, arch):
     v = VECTOR[dtype]
     sizes = [v + 1, 0, 300, 256 * v * 2 + 3, 1]
-    tensors = harness.make_tensors(sizes, dtype, seed=1)
+    tensors = [*harness.make_tensors(sizes, dtype, seed=1), harness.signed_zeros(dtype)]
     check(arch, dtype, tensors, options, first=False)
     if options.get("momentum"):
         check(arch, dtype, tensors, options, first=True)
@@ -97,7 +97,7 @@ def test_every_option(options, dtype, arch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_across_every_boundary(dtype, arch):
-    sizes = harness.boundary_sizes(dtype) + [UNITS_PER_BLOCK * VECTOR[dtype] * 3 + 5]
+    sizes = [*harness.boundary_sizes(dtype), UNITS_PER_BLOCK * VECTOR[dtype] * 3 + 5]
     check(arch, dtype, harness.make_tensors(sizes, dtype, seed=2), OPTIONS[4])
 
 
@@ -201,7 +201,7 @@ def test_a_bucket_too_large_for_a_grid_is_refused():
         )
 
 
-# ---- tables of 4 KiB, for a toolkit before CUDA 12.1 ----------------------------------------------
+# ---- tables of 4 KiB, for a toolkit before CUDA 12.1 --------------------------------------------
 
 
 def test_small_tables(tmp_path: Path):
@@ -219,6 +219,7 @@ def test_small_tables(tmp_path: Path):
 
 
 # ---- ResNet-50 whole -----------------------------------------------------------------------------
+
 
 def resnet50_sizes() -> list[int]:
     """Elements of ResNet-50's 161 parameters, in order (He et al., 2015, table 1)."""

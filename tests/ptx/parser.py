@@ -50,7 +50,9 @@ _SPECIAL = re.compile(
     r"%(n?tid|n?ctaid)\.[xyz]$|%(laneid|warpid|nwarpid)$|%lanemask_(eq|le|lt|ge|gt)$"
 )
 _LINKAGE = (".visible", ".weak", ".extern")
-_HARMLESS_PRAGMAS = ('"nounroll"',)  # steers ptxas's optimiser
+# Without effect on results: the first steers ptxas's optimiser, the second tells it which bytes of a
+# load are never looked at.
+_HARMLESS_PRAGMA = re.compile(r'"(nounroll|used_bytes_mask (0x)?[0-9a-f]+)"')
 
 
 class Token(NamedTuple):
@@ -266,7 +268,9 @@ class _KernelParser:
         elif text == ".loc":
             self.loc()
         elif reader.take_if(".pragma"):
-            reader.take(*_HARMLESS_PRAGMAS)
+            if not _HARMLESS_PRAGMA.fullmatch(reader.next.text):
+                raise reader.error(f"unknown pragma {reader.next.text}")
+            reader.at += 1
             reader.take(";")
         elif text.startswith("."):
             raise reader.error(f"unknown directive '{text}'")

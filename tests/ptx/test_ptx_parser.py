@@ -166,7 +166,7 @@ def kernel(body: str) -> str:
         (HEAD + ".entry k(.param .texref t) { ret; }", 4, "unknown type '.texref'"),
         (HEAD + ".entry k(.param .u64 .ptr .weird p) { ret; }", 4, "expected ,"),
         (HEAD + ".entry k() { ret;", 4, "expected a name, found ''"),
-        (kernel('.pragma "enable_smem_spilling";'), 7, 'expected "nounroll"'),
+        (kernel('.pragma "enable_smem_spilling";'), 7, 'unknown pragma "enable_smem_spilling"'),
         (kernel(".branchtargets a, b;"), 7, "unknown directive"),
         (kernel(".reg .v2 .f32 %v<2>;"), 7, "unknown type '.v2'"),
         (kernel("mov.u32 %r1, %r7;"), 7, "unknown register '%r7'"),

@@ -1,0 +1,90 @@
+"""The step under pytest-benchmark: ``pytest bench --benchmark-only``, compare with its own tools.
+
+The rows of ``bench.run``, without its interleaving: good for watching one of them, while ratios
+are better taken from ``bench.run``.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark isn't installed")
+
+from bench import baselines, measure, models, run
+from bench.baselines import BASELINES, COMPILED, Checker
+
+DEVICES = (
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
+    ),
+)
+# Compiling takes a minute a row: bench.run has those.
+ROWS = [key for key in BASELINES if key not in COMPILED]
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(model: str, layout: models.Layout) -> run.Inputs:
+    return run.Inputs(models.shapes(model), layout)
+
+
+def measured(benchmark: Any, key: str, made: run.Inputs, device: str, rounds: int) -> None:
+    """Checks a row and times it."""
+    try:
+        step, checked = run.prepare(BASELINES[key], made)
+    except models.Missing as missing:
+        pytest.skip(str(missing))
+    wait = measure.synchronise(device) or (lambda: None)
+
+    def work() -> None:
+        step()
+        wait()
+
+    benchmark.extra_info |= {"method": BASELINES[key].method, "elements": made.elements, **checked}
+    benchmark.pedantic(work, rounds=rounds, iterations=1, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("key", ROWS)
+def test_resnet50(benchmark: Any, key: str, device: str) -> None:
+    benchmark.group = f"ResNet-50, float32, {device}"
+    measured(benchmark, key, inputs("resnet50", models.Layout(device)), device, rounds=7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("key", run.FEW)
+@pytest.mark.parametrize("layout", ["bfloat16", "channels_last"])
+def test_layouts(benchmark: Any, key: str, layout: str, device: str) -> None:
+    benchmark.group = f"ResNet-50, {layout}, {device}"
+    dtype = torch.bfloat16 if layout == "bfloat16" else torch.float32
+    made = inputs("resnet50", models.Layout(device, dtype, layout == "channels_last"))
+    measured(benchmark, key, made, device, rounds=7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("key", ["prox", "pure", "sgd_foreach", "sgd_fused"])
+def test_host_time(benchmark: Any, key: str, device: str) -> None:
+    """161 tensors of one element."""
+    benchmark.group = f"host time, {device}"
+    measured(benchmark, key, run.Inputs([(1,)] * 161, models.Layout(device)), device, rounds=200)
+
+
+def test_the_check_notices_a_wrong_step() -> None:
+    """A row that forgets the L1, or shrinks by lr·l1, is not the method and is not timed."""
+    made = run.Inputs([(5000,), (64, 3, 3, 3)], models.Layout())
+    for key, wrong in (("sgd_fused", 1.0), ("softshrink", 0.1)):
+        right = made.problem(BASELINES[key])
+        problem = baselines.Problem(right.params, l1=right.l1 * wrong)
+        step = BASELINES[key].make(problem)
+        check = Checker(made.values, made.grads).check(BASELINES["softshrink"], right, step, 0)
+        assert not check.same
+    # And the right ones are let through, with zeros to tell them apart from plain SGD.
+    for key in ("prox", "pure", "softshrink", "foreach_threshold"):
+        _, checked = run.prepare(BASELINES[key], made)
+        assert checked["check"]["same"]
+        assert 0.1 < checked["check"]["zeros"] < 0.9

@@ -1,0 +1,106 @@
+"""What ptxas and the disassembler say of the kernels: registers, memory accesses, arithmetic."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import cuda_harness as harness
+import ptx
+import pytest
+
+MOST_REGISTERS = (
+    40  # 65,536 registers an SM for 48 warps of 32 threads are 42; ptxas counts by eights
+)
+SHIPPED = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+KERNELS = {f"prox_sgd_{dtype}" for dtype in harness.STORAGE}
+
+
+class Resources(NamedTuple):
+    registers: int
+    stack: int
+    spills: int
+
+
+def resources(csrc: Path, arch: str, flags: tuple[str, ...]) -> dict[str, Resources]:
+    """What each kernel takes, from `ptxas -v`."""
+    _, text = ptx.compile_cubin(csrc / "cuda" / "kernel.cu", arch, flags)
+    found = {}
+    for part in text.split("Compiling entry function")[1:]:
+        name = re.search(r"'(\w+)'", part)
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", part)
+        used = re.search(r"Used (\d+) registers", part)
+        assert all((name, stack, used)), part
+        found[name[1]] = Resources(int(used[1]), int(stack[1]), int(stack[2]))
+    return found
+
+
+def disassemble(arch: str, kernel: str) -> list[str]:
+    """The kernel's machine code, an instruction a line, in order of address."""
+    cubin, _ = ptx.compile_cubin(harness.CSRC / "cuda" / "kernel.cu", arch, harness.FLAGS)
+    text = subprocess.run(
+        [ptx.find_tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    for part in text.split("Function : ")[1:]:
+        if part.split()[0] == kernel:
+            return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", part)
+    raise AssertionError(f"no {kernel} in the machine code for {arch}")
+
+
+@pytest.mark.parametrize("arch", SHIPPED)
+def test_no_spills_no_stack_and_few_registers(arch):
+    found = resources(harness.CSRC, arch, harness.FLAGS)
+    assert set(found) == KERNELS
+    for kernel, used in found.items():
+        assert used.stack == 0, kernel
+        assert used.spills == 0, kernel
+        if arch != "sm_75":  # which has no room for 48 warps an SM whatever they need
+            assert used.registers <= MOST_REGISTERS, kernel
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_48_warps_are_resident(arch):
+    """Registers are the only limit: there is no shared memory. They are given out 8 a thread."""
+    for kernel, used in resources(harness.CSRC, arch, harness.FLAGS).items():
+        granted = -(-used.registers // 8) * 8
+        warps = 65536 // (granted * 32)
+        assert warps // 8 * 8 >= 48, kernel  # blocks of 8 warps
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_local_memory_is_not_touched(arch):
+    for kernel in KERNELS:
+        assert not [i for i in disassemble(arch, kernel) if re.search(r"\b(LDL|STL)\b", i)]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_vector_accesses_and_loads_in_flight(arch, kernel):
+    code = disassemble(arch, kernel)
+    assert any("STG.E.128" in line for line in code)
+    assert loads_before_first_use(code) >= 2
+
+
+def loads_before_first_use(code: list[str]) -> int:
+    """The most 16-byte loads that are issued before any register that one of them fills is read."""
+    best, pending = 0, []
+    for line in code:
+        load = re.search(r"LDG\.E\.128\S*\s+R(\d+),", line)
+        first = re.split(r"[ ,]", line.split("]")[0])[0]
+        operands = line.split(",", 1)[1] if "," in line else ""
+        read = {int(r) for r in re.findall(r"\bR(\d+)\b", operands)}
+        if any(set(range(r, r + 4)) & read for r in pending) or first.startswith(("BRA", "EXIT")):
+            pending = []
+        if load:
+            pending.append(int(load[1]))
+            best = max(best, len(pending))
+    return best
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_no_float64_arithmetic_in_float32_kernels(dtype, arch):
+    code = disassemble(arch, f"prox_sgd_{dtype}")
+    assert not [i for i in code if re.search(r"\bD(ADD|MUL|FMA|SETP|MNMX)\b|F2F\S*64", i)]

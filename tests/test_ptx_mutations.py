@@ -1,0 +1,336 @@
+"""The checker is checked: bugs planted in kernel, plan and shared math must each be caught.
+
+A mutant is a copy of csrc/ with one small edit. Its plan is compiled with g++, its kernels with
+nvcc, and both run through the checks that the shipped sources pass. Each must be caught by the one
+that is meant for it, not merely by some check.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cuda_harness as harness
+import ptx
+import pytest
+from test_ptx_compiled import MOST_REGISTERS, resources
+
+ARCH = "compute_90"
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    caught_by: str
+    flags: tuple[str, ...] = harness.FLAGS
+
+
+MATH, KERNEL, PLAN = "prox_sgd_math.h", "cuda/kernel.cu", "cuda/plan.cpp"
+MUTANTS = [
+    # the shared math
+    Mutant(
+        "threshold signs swapped",
+        MATH,
+        "fminf(fmaxf(v, -t), t)",
+        "fminf(fmaxf(v, t), -t)",
+        "bytes",
+    ),
+    Mutant(
+        "fmax swallows NaN",
+        MATH,
+        "add_(v, -keep(clamp_(v, c.threshold), c.shrink_mask))",
+        "C(v > C(0) ? fmax(v - c.threshold, C(0)) : -fmax(-v - c.threshold, C(0)))",
+        "bytes",
+    ),
+    Mutant(
+        "momentum averaged on the first step",
+        MATH,
+        "m = mode == Momentum::running ? averaged : d;",
+        "m = mode != Momentum::none ? averaged : d;",
+        "bytes",
+    ),
+    Mutant("minus zero lost without nesterov", MATH, ", c.lookahead_sign))", ", 0u))", "bytes"),
+    Mutant("dampening forgotten", MATH, "1.0 - o.dampening);", "1.0);", "bytes"),
+    Mutant(
+        "naive threshold lr * l1",
+        MATH,
+        "o.lr * (o.l1 * k)",
+        "o.lr * o.l1",
+        "bytes",
+    ),
+    Mutant(
+        "contraction let loose",
+        MATH,
+        "return __fadd_rn(a, b); }",
+        "return a + b; }",
+        "contractable",
+        tuple(flag for flag in harness.FLAGS if flag != "--fmad=false"),
+    ),
+    Mutant(
+        "first step taken for a running one",
+        "prox_sgd.h",
+        "first ? Momentum::first : Momentum::running",
+        "Momentum::running",
+        "uninitialised",
+    ),
+    # the kernel
+    Mutant(
+        "tail runs to the end of the unit",
+        KERNEL,
+        "min((next - entry.first_unit) * kPerUnit, entry.numel)",
+        "(next - entry.first_unit) * kPerUnit",
+        "out-of-bounds",
+    ),
+    Mutant(
+        "tail off by one",
+        KERNEL,
+        "piece, in_vectors, size);",
+        "piece, in_vectors, size - 1);",
+        "bytes",
+    ),
+    Mutant(
+        "alignment test dropped", KERNEL, "kUnitBytes) == 0;", "kUnitBytes) < 99;", "misaligned"
+    ),
+    Mutant(
+        "alignment of the momentum forgotten",
+        KERNEL,
+        " |\n          reinterpret_cast<uintptr_t>(entry.momentum)) %",
+        ") %",
+        "misaligned",
+    ),
+    Mutant(
+        "chunks overlap by one unit",
+        KERNEL,
+        "min(unit + kUnitsPerBlock, parameters.units)",
+        "min(unit + kUnitsPerBlock + 1, parameters.units)",
+        "race",
+    ),
+    Mutant("binary search never ends", KERNEL, "high = middle - 1;", "high = middle;", "budget"),
+    Mutant(
+        "block index multiplied in 32 bits",
+        KERNEL,
+        "static_cast<int64_t>(blockIdx.x) * kUnitsPerBlock",
+        "static_cast<int>(blockIdx.x) * kUnitsPerBlock",
+        "bytes past 32 bits",
+    ),
+    Mutant("pairs updated twice", KERNEL, "at += kCount * kStride", "at += kStride", "bytes"),
+    Mutant("odd pack forgotten", KERNEL, "kCount == 2 && at < end", "false", "bytes"),
+    Mutant(
+        "all threads take one pack",
+        KERNEL,
+        "begin + static_cast<int>(threadIdx.x) * N",
+        "begin",
+        "race",
+    ),
+    Mutant(
+        "halves joined in the wrong order", KERNEL, "join(v[0], v[1])", "join(v[1], v[0])", "bytes"
+    ),
+    Mutant(
+        "momentum read on the first step",
+        KERNEL,
+        "if (c.mode == Momentum::running) {",
+        "if (c.mode != Momentum::none) {",
+        "uninitialised",
+    ),
+    Mutant(
+        "momentum written without momentum",
+        KERNEL,
+        "if (c.mode != Momentum::none) write",
+        "if (true) write",
+        "out-of-bounds",
+    ),
+    Mutant(
+        "vector path never taken",
+        KERNEL,
+        "aligned ? size / kPerUnit",
+        "false ? size / kPerUnit",
+        "vectors",
+    ),
+    Mutant(
+        "registers squeezed by launch bounds",
+        KERNEL,
+        "__launch_bounds__(kThreads, 6)",
+        "__launch_bounds__(kThreads, 8)",
+        "spills",
+    ),
+    Mutant("blocks too coarse", "cuda/kernel.h", "4 * kThreads", "1024 * kThreads", "balance"),
+    # the plan
+    Mutant(
+        "last flush missing", PLAN, "  flush();\n  return launches;", "  return launches;", "bytes"
+    ),
+    Mutant(
+        "full table dropped",
+        PLAN,
+        "if (table->count == capacity) flush();",
+        "if (table->count == capacity) table->count = table->units = 0;",
+        "bytes",
+    ),
+    Mutant(
+        "prefix sum rounds down",
+        PLAN,
+        "table->units += (triple.numel + per_unit - 1) / per_unit;",
+        "table->units += triple.numel / per_unit;",
+        "bytes",
+    ),
+    Mutant("prefix sum not reset", PLAN, "    table->units = 0;\n", "", "out-of-bounds"),
+    Mutant(
+        "grid rounds down",
+        PLAN,
+        "(table->units + kUnitsPerBlock - 1) / kUnitsPerBlock",
+        "table->units / kUnitsPerBlock + (table->units < kUnitsPerBlock)",
+        "bytes",
+    ),
+    Mutant(
+        "empty tensor takes a place",
+        PLAN,
+        "if (triple.numel == 0) continue;",
+        "",
+        "launches",
+    ),
+]
+
+PLAIN, MOMENTUM, NESTEROV, DAMPENED = (harness.OPTIONS[i] for i in (1, 3, 5, 6))
+SIZES = [5, 0, 300, 2051, 4096 * 3 + 3, 1, 1024]
+
+
+class Build(NamedTuple):
+    """Kernels and plan of one source tree."""
+
+    csrc: Path
+    module: ptx.Module
+    plan: harness.Plan
+    flags: tuple[str, ...]
+
+
+def run(build: Build, dtype, tensors, options, **more) -> set[str]:
+    """Names of the checks that fail on one bucket."""
+    if not isinstance(tensors[0], harness.Tensor):
+        tensors = harness.make_tensors(tensors, dtype, seed=8, skews=more.pop("skews", None))
+    first = more.get("first", False)
+    outcome = harness.execute(build.module, build.plan, dtype, tensors, options, **more)
+    failed = {finding.kind for finding in outcome.findings}
+    if outcome.guards:
+        failed.add("guards")
+    params, momenta = harness.expected(dtype, tensors, options, first)
+    if harness.differences(outcome.params, params, dtype) or harness.differences(
+        outcome.momenta, momenta, dtype
+    ):
+        failed.add("bytes")
+    return failed
+
+
+def check_memory(build: Build) -> set[str]:
+    failed = run(build, "float32", SIZES, NESTEROV, skews=[(0, 0, 0), (0, 0, 1), (1, 0, 0)])
+    failed |= run(build, "float32", [7, 4096 * 2 + 4], PLAIN)
+    failed |= run(build, "float32", SIZES, DAMPENED, first=True)
+    failed |= run(build, "float32", [6, 9, 0, 4100, 3], DAMPENED, capacity=2)
+    failed |= run(build, "float32", [harness.signed_zeros("float32")], MOMENTUM)
+    return failed | run(build, "bfloat16", [8, 4099], PLAIN)
+
+
+def check_rounding(build: Build) -> set[str]:
+    return {"contractable"} if any(map(ptx.contractable, build.module.kernels.values())) else set()
+
+
+def check_launches(build: Build) -> set[str]:
+    arguments = harness.plan_arguments(PLAIN, False)
+    empty = [(4096, 8192, 0, 0)]
+    full = [(4096, 8192, 0, 5)]
+    counts = [len(build.plan("float32", t, *arguments, capacity=1)) for t in (empty, empty + full)]
+    return set() if counts == [0, 1] else {"launches"}
+
+
+def check_work(build: Build) -> set[str]:
+    """Vector accesses, and the same work for all blocks."""
+    tensors = harness.make_tensors([4096 * 60, 64, 64], "float32", seed=9)
+    outcome = harness.execute(build.module, build.plan, "float32", tensors, PLAIN, races=False)
+    (result,) = outcome.results
+    failed = set()
+    if not any(
+        ".v4." in name for name in result.counts.instructions if name.startswith("ld.global")
+    ):
+        failed.add("vectors")
+    if result.counts.imbalance > 1.02 or len(result.counts.block_bytes) < 60:
+        failed.add("balance")
+    return failed
+
+
+def check_past_32_bits(build: Build) -> set[str]:
+    """The last block of a tensor of 2^34 elements, on memory that exists where it is touched."""
+    numel = 2**34
+    arena = ptx.Arena()
+    p, g = (
+        arena.place_lazy(2**41 * (i + 1), numel * 4, fill=lambda start, count: bytes(count))
+        for i in range(2)
+    )
+    one = harness.to_bits(harness.np.ones(4), "float32").view(harness.np.uint8)
+    arena.write(g.address + numel * 4 - 16, one)
+    arena.write(p.address + numel * 4 - 16, bytes(16))
+    (launch,) = build.plan(
+        "float32", [(p.address, g.address, 0, numel)], *harness.plan_arguments({"lr": 0.5}, False)
+    )
+    result = ptx.launch(
+        build.module,
+        launch["kernel"],
+        grid=launch["grid"],
+        block=launch["block"],
+        params=launch["parameters"],
+        memory=arena,
+        blocks=[launch["grid"] - 1],
+    )
+    last = arena.read(p.address + numel * 4 - 16, 16).view(harness.np.float32)
+    return set() if result.ok and (last == -0.5).all() else {"bytes past 32 bits"}
+
+
+def check_registers(build: Build) -> set[str]:
+    used = resources(build.csrc, "sm_80", build.flags).values()
+    failed = {"registers"} if any(r.registers > MOST_REGISTERS for r in used) else set()
+    return failed | ({"spills"} if any(r.spills for r in used) else set())
+
+
+CHECKS: list[Callable[[Build], set[str]]] = [
+    check_rounding,
+    check_launches,
+    check_memory,
+    check_work,
+    check_past_32_bits,
+    check_registers,
+]
+MEANT_FOR = {
+    "contractable": check_rounding,
+    "launches": check_launches,
+    "vectors": check_work,
+    "balance": check_work,
+    "bytes past 32 bits": check_past_32_bits,
+    "registers": check_registers,
+    "spills": check_registers,
+}
+
+
+def build_of(csrc: Path, out: Path, flags: tuple[str, ...]) -> Build:
+    return Build(
+        csrc, harness.module_for(ARCH, csrc, flags), harness.compile_plan(csrc, out), flags
+    )
+
+
+def test_the_shipped_sources_pass_every_check(tmp_path: Path) -> None:
+    build = build_of(harness.CSRC, tmp_path, harness.FLAGS)
+    assert [check(build) for check in CHECKS] == [set()] * len(CHECKS)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name.replace(" ", "-"))
+def test_a_planted_bug_is_caught(mutant: Mutant, tmp_path: Path, mutation_score) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(harness.CSRC, csrc)
+    source = (csrc / mutant.file).read_text()
+    assert source.count(mutant.old) >= 1, "the edit no longer applies"
+    (csrc / mutant.file).write_text(source.replace(mutant.old, mutant.new))
+    build = build_of(csrc, tmp_path, mutant.flags)
+    mutation_score.planted += 1
+    failed = MEANT_FOR.get(mutant.caught_by, check_memory)(build)
+    assert mutant.caught_by in failed
+    mutation_score.caught += 1
