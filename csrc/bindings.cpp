@@ -164,7 +164,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             }
             return reader.read(params.ptr(), grads.ptr(), momenta.ptr());
           },
-          py::arg("params"), py::arg("grads"), py::arg("momenta").none(true));
+          py::arg("params"), py::arg("grads"), py::arg("momenta").none(true),
+          // A reading is made of addresses: the lists that own them live as long.
+          py::keep_alive<0, 2>(), py::keep_alive<0, 3>(), py::keep_alive<0, 4>());
 
   m.def("prox_sgd_", &run, py::arg("reader"), py::arg("reading"), py::arg("lr"),
         py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("l1"),

@@ -7,6 +7,7 @@ native kernels, which give the same bits.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ def soft_threshold(x: Tensor, threshold: float) -> Tensor:
     .. math:: S_t(x) = \operatorname{sign}(x)\,\max(|x| - t, 0)
               = \arg\min_u \tfrac12 (u - x)^2 + t |u|
 
-    Gives +0 wherever ``|x| <= t``, keeps infinities and passes NaN on. (Parikh and Boyd, *Proximal Algorithms*, 2014, section 6.5.2.)
+    Gives +0 wherever ``|x| <= t``, keeps infinities and passes NaN on. (Parikh and Boyd, *Proximal
+    Algorithms*, 2014, section 6.5.2.)
 
     Args:
         x: a floating-point tensor of any shape.
@@ -152,8 +154,10 @@ def _finite_and_not_negative(value: Any, name: str) -> float:
             number = float(value)
         except (TypeError, ValueError):
             raise ValueError(f"{name} is {value!r}: must be a number") from None
-    if not 0 <= number <= _FLOAT32_MAX:
-        raise ValueError(f"{name} is {value}: must not be negative, infinite or beyond float32")
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} is {value}: must be finite and not negative")
+    if number > _FLOAT32_MAX:
+        raise ValueError(f"{name} is {value}: must be within float32, which is computed in")
     return number
 
 

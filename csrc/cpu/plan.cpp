@@ -4,7 +4,7 @@
 
 namespace prox_sgd::cpu {
 
-Plan::Plan(const std::vector<Triple>& triples) {
+Plan::Plan(const std::vector<Triple>& triples, int threads) {
   starts_.reserve(triples.size());
   sizes_.reserve(triples.size());
   for (const Triple& triple : triples) {
@@ -12,7 +12,9 @@ Plan::Plan(const std::vector<Triple>& triples) {
     sizes_.push_back(triple.numel);
     total_ += (triple.numel + kLine - 1) / kLine * kLine;
   }
-  chunks_ = (total_ + kChunk - 1) / kChunk;
+  // Large chunks keep the memory streams long; some for each thread let a delayed one be helped.
+  const int64_t share = total_ / (4 * std::max(threads, 1)) / kLine * kLine;
+  chunk_ = std::clamp(share, kLeastChunk, kMostChunk);
 }
 
 int64_t Plan::tensor_at(int64_t position) const {

@@ -15,11 +15,12 @@ class Plan {
   // Each tensor takes a whole number of lines: no two chunks then write to one line of a tensor
   // that starts on one.
   static constexpr int64_t kLine = 64;  // elements
-  static constexpr int64_t kChunk = 512 * kLine;
+  static constexpr int64_t kLeastChunk = 128 * kLine;
+  static constexpr int64_t kMostChunk = 2048 * kLine;
 
-  explicit Plan(const std::vector<Triple>& triples);
+  Plan(const std::vector<Triple>& triples, int threads);
 
-  int64_t chunks() const { return chunks_; }
+  int64_t chunks() const { return (total_ + chunk_ - 1) / chunk_; }
 
   struct Piece {
     int64_t tensor;
@@ -30,8 +31,8 @@ class Plan {
   // Calls visit(Piece) for every piece of chunk `chunk`, in order.
   template <typename Visit>
   void visit(int64_t chunk, Visit&& visit) const {
-    int64_t at = chunk * kChunk;
-    const int64_t stop = at + kChunk < total_ ? at + kChunk : total_;
+    int64_t at = chunk * chunk_;
+    const int64_t stop = at + chunk_ < total_ ? at + chunk_ : total_;
     for (int64_t tensor = tensor_at(at); at < stop; ++tensor) {
       const int64_t next = tensor + 1 < count() ? starts_[tensor + 1] : total_;
       const int64_t begin = at - starts_[tensor];
@@ -49,7 +50,7 @@ class Plan {
   std::vector<int64_t> starts_;  // where a tensor starts, counted in elements rounded up to lines
   std::vector<int64_t> sizes_;
   int64_t total_ = 0;
-  int64_t chunks_ = 0;
+  int64_t chunk_ = kLeastChunk;
 };
 
 }  // namespace prox_sgd::cpu

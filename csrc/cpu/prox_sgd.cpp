@@ -28,7 +28,7 @@ void run(const std::vector<Triple>& triples, DType dtype, const Options& options
          int threads) {
   const Coefficients<C> c = coefficients<C>(options);
   const Kernel kernel = kernel_at(level, dtype, c.mode);
-  const Plan plan(triples);
+  const Plan plan(triples, threads);
   const auto run_chunk = [&](int64_t chunk) {
     plan.visit(chunk, [&](const Plan::Piece& piece) {
       kernel(triples[piece.tensor], &c, piece.begin, piece.end);

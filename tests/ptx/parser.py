@@ -50,8 +50,8 @@ _SPECIAL = re.compile(
     r"%(n?tid|n?ctaid)\.[xyz]$|%(laneid|warpid|nwarpid)$|%lanemask_(eq|le|lt|ge|gt)$"
 )
 _LINKAGE = (".visible", ".weak", ".extern")
-# Without effect on results: the first steers ptxas's optimiser, the second tells it which bytes of a
-# load are never looked at.
+# Without effect on results: the first steers ptxas's optimiser, the second tells it which bytes of
+# a load are looked at.
 _HARMLESS_PRAGMA = re.compile(r'"(nounroll|used_bytes_mask (0x)?[0-9a-f]+)"')
 
 
