@@ -23,7 +23,7 @@ test: .venv/.ready test-older test-python-reader test-sanitize
 
 # The same wheel, unchanged, on another torch. What needs torchvision or compiles is left to `test`.
 NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tests/test_build.py \
-	--ignore=tests/test_recipe.py --ignore=tests/test_cuda.py --ignore=tests/test_bench.py
+	--ignore=tests/test_recipe.py --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py
 
 test-older: .venv-older/.ready
 	$(OLD)/pytest -q $(NATIVE_TESTS)

@@ -1,0 +1,88 @@
+"""Runs one wheel on every torch version that is supported and writes docs/torch-matrix.md.
+
+    python tests/matrix.py WHEEL [--only VERSION ...]
+
+Each version gets a virtual environment of its own in a temporary folder (some gigabytes each).
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = ("2.5.1", "2.6.0", "2.13.0", "2.14.1", "2.15.0")
+NEEDS = ("numpy", "scipy", "scikit-learn", "pytest", "hypothesis")
+LEFT_OUT = (
+    "tests/ptx",
+    "tests/test_build.py",
+    "tests/test_cuda.py",
+    "tests/test_gpu_check.py",
+    "tests/test_recipe.py",
+)
+
+
+def run_on(version: str, wheel: Path, folder: Path) -> str:
+    """A row of the table: the version and pytest's last line."""
+    python = str(folder / version / "bin" / "python")
+    quiet = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}
+    subprocess.run([sys.executable, "-m", "venv", folder / version], check=True)
+    for arguments in ([f"torch=={version}", *NEEDS], ["--no-deps", str(wheel)]):
+        subprocess.run([python, *quiet, *arguments], check=True, env=environment)
+    ignored = [f"--ignore={name}" for name in LEFT_OUT] + ["--ignore-glob=*test_ptx*"]
+    result = subprocess.run(
+        [python, "-m", "pytest", "-q", "tests", *ignored],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )
+    last = result.stdout.strip().splitlines()[-1]
+    build = subprocess.run(
+        [python, "-P", "-c", "import torch; print(torch.__version__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    print(version, last, flush=True)
+    if result.returncode != 0:
+        print(result.stdout[-4000:], file=sys.stderr)
+    return f"| {build} | {re.sub(r' in .*', '', last)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the matrix."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("--only", nargs="+", default=VERSIONS)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [run_on(v, options.wheel.resolve(), Path(folder)) for v in options.only]
+    text = [
+        "# One wheel on every torch",
+        "",
+        f"`make test-matrix`, {datetime.date.today()}, Python {platform.python_version()}, "
+        f"{platform.machine()}, wheel `{options.wheel.name}`.",
+        "",
+        "| torch | suite |",
+        "| --- | --- |",
+        *rows,
+        "",
+    ]
+    (ROOT / "docs").mkdir(exist_ok=True)
+    (ROOT / "docs" / "torch-matrix.md").write_text("\n".join(text))
+    return 0 if all("failed" not in row and "error" not in row for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
