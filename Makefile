@@ -15,7 +15,7 @@ WHEEL := build/wheel/.done
 .PHONY: demo test test-older test-python-reader test-sanitize test-matrix gpu-check bench bench-quick lint format clean
 
 demo: .venv/.ready
-	$(BIN)/resnet-reg demo
+	OMP_WAIT_POLICY=passive $(BIN)/resnet-reg demo
 
 # The run on .venv comes last, so that its summary is the last thing printed.
 test: .venv/.ready test-older test-python-reader test-sanitize

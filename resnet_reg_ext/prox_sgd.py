@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from functools import partial
+from types import NoneType
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -245,7 +246,7 @@ def _buckets(params: list[Tensor], states: _StatesInOrder | None) -> list[_Bucke
     Without ``states`` there is no momentum and no first step.
     """
     grads: list[Any] = [p.grad for p in params]
-    if any(g is None for g in grads):
+    if NoneType in set(map(type, grads)):
         params = [p for p, g in zip(params, grads, strict=True) if g is not None]
         grads = [g for g in grads if g is not None]
     if not params:
@@ -253,7 +254,7 @@ def _buckets(params: list[Tensor], states: _StatesInOrder | None) -> list[_Bucke
     if states is None:
         return [_Bucket(params, grads, None, False)]
     momenta: list[Any] = [state.get("momentum_buffer") for state in states.of(params)]
-    if all(m is not None for m in momenta):
+    if NoneType not in set(map(type, momenta)):
         return [_Bucket(params, grads, momenta, False)]
     old = [i for i, m in enumerate(momenta) if m is not None]
     new = [i for i, m in enumerate(momenta) if m is None]

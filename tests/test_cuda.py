@@ -44,7 +44,12 @@ def test_bits_equal_the_cpu_backends(dtype, options):
     for p, g, m in (on_cpu, on_gpu):
         for step in range(3):
             prox_sgd_(
-                p, g, m if "momentum" in options else None, first_step=not step, fused=True, **options
+                p,
+                g,
+                m if "momentum" in options else None,
+                first_step=not step,
+                fused=True,
+                **options,
             )
     for cpu, gpu in zip(on_cpu[0] + on_cpu[2], on_gpu[0] + on_gpu[2], strict=True):
         assert torch.equal(cpu, gpu.cpu())
