@@ -12,7 +12,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc resnet_reg_ext -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 WHEEL := build/wheel/.done
 
-.PHONY: demo test test-older test-python-reader test-sanitize test-matrix gpu-check bench bench-quick lint format clean
+.PHONY: demo test test-older test-python-reader test-sanitize test-matrix test-aarch64 gpu-check bench bench-quick lint format clean
 
 demo: .venv/.ready
 	OMP_WAIT_POLICY=passive $(BIN)/resnet-reg demo
@@ -23,7 +23,7 @@ test: .venv/.ready test-older test-python-reader test-sanitize
 
 # The same wheel, unchanged, on another torch. What needs torchvision or compiles is left to `test`.
 NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tests/test_build.py \
-	--ignore=tests/test_recipe.py --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py
+	--ignore=tests/test_recipe.py --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py --ignore=tests/test_readme.py
 
 test-older: .venv-older/.ready
 	$(OLD)/pytest -q $(NATIVE_TESTS)
@@ -48,6 +48,17 @@ SANITIZED_TESTS := tests/test_prox_sgd.py tests/test_layouts.py tests/test_threa
 test-matrix: $(WHEEL)
 	$(PYTHON) tests/matrix.py build/wheel/*.whl
 
+# The CPU kernel for aarch64, under emulation: needs g++-aarch64-linux-gnu and qemu-user.
+AARCH64_SOURCES := tests/aarch64_bits.cpp csrc/cpu/kernel.cpp csrc/cpu/plan.cpp csrc/cpu/prox_sgd.cpp
+AARCH64_FLAGS := -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math \
+	-DPROX_SGD_SIMD=baseline
+test-aarch64:
+	mkdir -p build/aarch64
+	aarch64-linux-gnu-g++ $(AARCH64_FLAGS) -static $(AARCH64_SOURCES) -o build/aarch64/bits
+	c++ $(AARCH64_FLAGS) $(AARCH64_SOURCES) -o build/aarch64/bits-here
+	test "$$(qemu-aarch64 build/aarch64/bits)" = "$$(build/aarch64/bits-here)"
+	@echo "the CPU kernel gives the same bits on aarch64 as here"
+
 # On a machine with an NVIDIA GPU: its tests, compute-sanitizer and benchmarks, in one report file.
 gpu-check: .venv/.ready
 	$(BIN)/python tests/gpu_check.py
@@ -61,13 +72,13 @@ bench-quick: .venv/.ready-bench
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/mypy
 
 format: .venv/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format -i $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 clean:
 	rm -rf .venv .venv-older build dist *.egg-info out

@@ -26,6 +26,7 @@ LEFT_OUT = (
     "tests/test_build.py",
     "tests/test_cuda.py",
     "tests/test_gpu_check.py",
+    "tests/test_readme.py",
     "tests/test_recipe.py",
 )
 
