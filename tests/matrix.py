@@ -1,8 +1,9 @@
 """Runs one wheel on every torch version that is supported and writes docs/torch-matrix.md.
 
-    python tests/matrix.py WHEEL [--only VERSION ...]
+    python tests/matrix.py WHEEL [--only VERSION ...] [--environments FOLDER]
 
-Each version gets a virtual environment of its own in a temporary folder (some gigabytes each).
+Each version gets a virtual environment of its own (some gigabytes each), in a temporary folder or,
+to be used again, in FOLDER.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def run_on(version: str, wheel: Path, folder: Path) -> str:
     python = str(folder / version / "bin" / "python")
     quiet = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}
-    subprocess.run([sys.executable, "-m", "venv", folder / version], check=True)
-    for arguments in ([f"torch=={version}", *NEEDS], ["--no-deps", str(wheel)]):
+    if not (folder / version).exists():
+        subprocess.run([sys.executable, "-m", "venv", folder / version], check=True)
+    install = (f"torch=={version}", *NEEDS), ("--no-deps", "--force-reinstall", str(wheel))
+    for arguments in install:
         subprocess.run([python, *quiet, *arguments], check=True, env=environment)
     ignored = [f"--ignore={name}" for name in LEFT_OUT] + ["--ignore-glob=*test_ptx*"]
     result = subprocess.run(
@@ -66,9 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("wheel", type=Path)
     parser.add_argument("--only", nargs="+", default=VERSIONS)
+    parser.add_argument("--environments", type=Path, metavar="FOLDER")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [run_on(v, options.wheel.resolve(), Path(folder)) for v in options.only]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.environments or Path(temporary)).absolute()
+        rows = [run_on(v, options.wheel.resolve(), folder) for v in options.only]
     text = [
         "# One wheel on every torch",
         "",
