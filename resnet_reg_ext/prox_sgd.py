@@ -144,6 +144,8 @@ class ProxSGD(Optimizer):
                 group.setdefault(key, kept.get(key, value))
             if live:
                 group["fused"] = kept["fused"]
+                if "param_names" in kept:
+                    group.setdefault("param_names", kept["param_names"])
             where = f"ProxSGD: param_groups[{index}]: "
             hyperparameters(group, where)
             for i, param in enumerate(group["params"]):

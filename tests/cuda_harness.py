@@ -237,6 +237,7 @@ def execute(
     first: bool = False,
     capacity: int = 0,
     races: bool = True,
+    budget: int = 200_000,
 ) -> Outcome:
     """Lays the tensors out in an arena and runs every launch of their plan."""
     arena = ptx.Arena()
@@ -270,7 +271,7 @@ def execute(
                 params=launch["parameters"],
                 memory=arena,
                 races=races,
-                budget=30_000,
+                budget=budget,
             )
         )
     outcome.guards = arena.check_guards()

@@ -211,7 +211,9 @@ def run(build: Build, dtype, tensors, options, **more) -> set[str]:
     if not isinstance(tensors[0], harness.Tensor):
         tensors = harness.make_tensors(tensors, dtype, seed=8, skews=more.pop("skews", None))
     first = more.get("first", False)
-    outcome = harness.execute(build.module, build.plan, dtype, tensors, options, **more)
+    outcome = harness.execute(
+        build.module, build.plan, dtype, tensors, options, budget=20_000, **more
+    )
     failed = {finding.kind for finding in outcome.findings}
     if outcome.guards:
         failed.add("guards")
