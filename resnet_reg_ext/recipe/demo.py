@@ -134,9 +134,10 @@ def _demo(args: argparse.Namespace) -> None:
     print(*verdicts(results, len(data.test_labels)), sep="\n")
     if args.quick:
         print("--quick: too short to learn anything; it shows only that everything runs.")
+    wrong = f"{data.wrong_labels} labels made wrong, " if data.wrong_labels else ""
     subtitle = (
         f"ResNet-50 from scratch, {len(data.train_labels)} real digit images, "
-        f"{data.wrong_labels} labels made wrong, one seed ({args.seed})"
+        f"{wrong}one seed ({args.seed})"
     )
     try:
         written = plot_all(results, args.out, subtitle)
