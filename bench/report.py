@@ -131,7 +131,7 @@ def readme_block(results: dict[str, Any]) -> str:
             f"One step: {_title(main)}. Median (20 % to 80 %).",
             step_table(main),
             f"{machine_line(results)} Ratios are formed within rounds in which all rows run in "
-            f"turn. Made by `{COMMAND}`.",
+            f"turn. Made by `{COMMAND}{' --quick' if results['quick'] else ''}`.",
         )
     )
 
