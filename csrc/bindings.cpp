@@ -132,18 +132,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             return misfits;
           },
           "(index, differs in layout only, lacks a usable CUDA device, reason in words) for each "
-          "triple that no bucket took.")
-      .def_property_readonly(
-          "buckets",
-          [](const Reading& reading) {
-            py::list buckets;
-            for (const Bucket& bucket : reading.buckets) {
-              buckets.append(
-                  py::make_tuple(bucket.device_type, bucket.device_id, bucket.triples.size()));
-            }
-            return buckets;
-          },
-          "(DLPack device type, device index, tensors) for each bucket.");
+          "triple that no bucket took.");
 
   py::class_<TensorReader>(m, "TensorReader", "Reads lists of torch tensors through DLPack.")
       .def(py::init([](py::object exchange_api, py::object describe, py::object stream,
@@ -185,7 +174,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("simd_level", [] { return name_of(simd_level); }, "The SIMD level in use.");
   m.def("set_simd_level", &set_simd_level, py::arg("name"));
   m.def("openmp_runtime", &cpu::openmp_runtime, "The OpenMP library in use, or 'none'.");
-  m.def("cuda_driver_version", &cuda::driver_version, "As cuDriverGetVersion; 0 without a driver.");
   m.def("why_cuda_unusable", &cuda::why_unusable, py::arg("device"),
         "Why CUDA device `device` can't be used; empty where it can.");
 }

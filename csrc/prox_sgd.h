@@ -67,7 +67,6 @@ void prox_sgd(const std::vector<Triple>& triples, DType dtype, const Options& op
 const char* why_unusable(int device);
 
 int toolkit_version();  // CUDART_VERSION of the build, 0 without CUDA
-int driver_version();   // what the installed driver supports, 0 without one
 
 }  // namespace cuda
 }  // namespace prox_sgd

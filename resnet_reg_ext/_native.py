@@ -110,25 +110,11 @@ def prox_sgd_(
     """One step on a reading of ``params`` and ``momenta``, in place."""
     _C.prox_sgd_(_reader, reading, *h, first, torch.get_num_threads())
     # Autograd must notice that the tensors have changed.
-    if _INCREMENTS_LISTS:
-        torch.autograd.graph.increment_version(params)
-        if momenta:
-            torch.autograd.graph.increment_version(momenta)
-    else:
-        for tensor in (*params, *(momenta or ())):
-            torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version(params)
+    if momenta:
+        torch.autograd.graph.increment_version(momenta)
 
 
-def _increments_lists() -> bool:
-    """Whether ``increment_version`` takes a list: from torch 2.6 or so on."""
-    try:
-        torch.autograd.graph.increment_version([torch.zeros(1)])
-    except TypeError:
-        return False
-    return True
-
-
-_INCREMENTS_LISTS = _increments_lists()
 _warned: set[str] = set()
 
 

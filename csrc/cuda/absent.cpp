@@ -15,6 +15,4 @@ const char* why_unusable(int) {
 
 int toolkit_version() { return 0; }
 
-int driver_version() { return 0; }
-
 }  // namespace prox_sgd::cuda

@@ -44,6 +44,16 @@ std::string version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
 }
 
+// What the installed driver supports, 0 without one.
+int driver_version() {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return driver;
+}
+
 std::string find_obstacle(int device) {
   const int driver = driver_version();
   if (driver == 0) return "no NVIDIA driver is installed";
@@ -96,14 +106,5 @@ const char* why_unusable(int device) {
 }
 
 int toolkit_version() { return CUDART_VERSION; }
-
-int driver_version() {
-  int driver = 0;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return driver;
-}
 
 }  // namespace prox_sgd::cuda
