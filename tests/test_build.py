@@ -223,6 +223,8 @@ def test_an_unknown_architecture_is_named_with_those_that_are_known(clean_copy: 
 
 
 def test_chosen_architectures_are_built(clean_copy: Path) -> None:
+    # Wheels for other Pythons may have been built in the same copy.
+    shutil.rmtree(clean_copy / "build", ignore_errors=True)
     result = configure(clean_copy, RESNET_REG_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
     assert result.returncode == 0, result.stdout + result.stderr
     (module,) = clean_copy.glob("build/lib*/resnet_reg_ext/_C*.so")
