@@ -19,7 +19,7 @@ demo: .venv/.ready
 
 # The run on .venv comes last, so that its summary is the last thing printed.
 test: .venv/.ready test-older test-python-reader test-sanitize
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile
 
 # The same wheel, unchanged, on another torch. What needs torchvision or compiles is left to `test`.
 NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tests/test_build.py \

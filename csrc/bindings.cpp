@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -43,54 +45,67 @@ void set_simd_level(const std::string& name) {
   throw std::invalid_argument("SIMD level '" + name + "' is unknown: 'baseline' or 'avx2'");
 }
 
-DType dtype_named(const std::string& name) {
-  if (name == "float32") return DType::float32;
-  if (name == "float64") return DType::float64;
-  if (name == "float16") return DType::float16;
-  if (name == "bfloat16") return DType::bfloat16;
-  throw std::invalid_argument("dtype '" + name + "' is unknown");
-}
-
-Options options(double lr, double momentum, double dampening, double weight_decay, double l1,
-                bool nesterov, bool maximize, bool proximal, bool first) {
-  return {lr, momentum, dampening, weight_decay, l1, nesterov, maximize, proximal, first};
-}
-
-void run(const TensorReader& reader, const Reading& reading, double lr, double momentum,
-         double dampening, double weight_decay, double l1, bool nesterov, bool maximize,
-         bool proximal, bool first, int threads) {
-  const Options o =
-      options(lr, momentum, dampening, weight_decay, l1, nesterov, maximize, proximal, first);
-  for (const Bucket& bucket : reading.buckets) {
-    if (bucket.device_type == dlpack::kCUDA) {
-      void* stream = reader.current_stream(bucket.device_type, bucket.device_id);
-      const py::gil_scoped_release release;
-      cuda::prox_sgd(bucket.triples, bucket.dtype, o, bucket.device_id, stream);
-    } else {
-      const py::gil_scoped_release release;
-      cpu::prox_sgd(bucket.triples, bucket.dtype, o, simd_level, threads);
-    }
+Kind kind_named(const std::string& name) {
+  int number = 0;
+  for (const char* known : kKindNames) {
+    if (name == known) return static_cast<Kind>(number);
+    ++number;
   }
+  throw std::invalid_argument("kind '" + name + "' is unknown");
 }
 
 using Address = std::uintptr_t;
 
-py::list plan_cuda(const std::string& dtype,
-                   const std::vector<std::tuple<Address, Address, Address, int64_t>>& triples,
-                   double lr, double momentum, double dampening, double weight_decay, double l1,
-                   bool nesterov, bool maximize, bool proximal, bool first, int64_t capacity) {
-  std::vector<Triple> list;
-  list.reserve(triples.size());
-  for (const auto& [param, grad, buffer, numel] : triples) {
+// lr, l1, grad_scale, grad_coefficient, found_inf: where device memory holds them; 0 for nowhere.
+using Addresses = std::array<Address, 5>;
+
+cuda::DeviceValues device_values(const Addresses& at) {
+  return {reinterpret_cast<const double*>(at[0]), reinterpret_cast<const double*>(at[1]),
+          reinterpret_cast<const float*>(at[2]), reinterpret_cast<const float*>(at[3]),
+          reinterpret_cast<const float*>(at[4])};
+}
+
+void run(const TensorReader& reader, const Reading& reading, double lr, double momentum,
+         double dampening, double weight_decay, double l1, bool nesterov, bool maximize,
+         bool proximal, bool frozen_zeros, float grad_scale, float grad_coefficient, bool first,
+         int threads, const std::map<int, Addresses>& device) {
+  const Options o{lr,       momentum,     dampening,  weight_decay,     l1,   nesterov, maximize,
+                  proximal, frozen_zeros, grad_scale, grad_coefficient, first};
+  for (const Bucket& bucket : reading.buckets) {
+    if (bucket.device_type == dlpack::kCUDA) {
+      void* stream = reader.current_stream(bucket.device_type, bucket.device_id);
+      const auto found = device.find(bucket.device_id);
+      const auto values =
+          found == device.end() ? cuda::DeviceValues{} : device_values(found->second);
+      const py::gil_scoped_release release;
+      cuda::prox_sgd(bucket.operands, bucket.kind, o, values, bucket.device_id, stream);
+    } else {
+      const py::gil_scoped_release release;
+      cpu::prox_sgd(bucket.operands, bucket.kind, o, simd_level, threads);
+    }
+  }
+}
+
+// Addresses of parameter, gradient, momentum, master and zero counter (0 for none), and elements.
+using Row = std::tuple<Address, Address, Address, Address, Address, int64_t>;
+
+py::list plan_cuda(const std::string& kind, const std::vector<Row>& rows, double lr,
+                   double momentum, double dampening, double weight_decay, double l1, bool nesterov,
+                   bool maximize, bool proximal, bool frozen_zeros, float grad_scale,
+                   float grad_coefficient, bool first, const Addresses& device, int64_t capacity) {
+  const Options o{lr,       momentum,     dampening,  weight_decay,     l1,   nesterov, maximize,
+                  proximal, frozen_zeros, grad_scale, grad_coefficient, first};
+  std::vector<Operands> list;
+  list.reserve(rows.size());
+  for (const auto& [param, grad, buffer, master, zeros, numel] : rows) {
     if (numel < 0) throw std::invalid_argument("numel must not be negative");
     list.push_back({reinterpret_cast<void*>(param), reinterpret_cast<const void*>(grad),
-                    reinterpret_cast<void*>(buffer), numel});
+                    reinterpret_cast<void*>(buffer), reinterpret_cast<void*>(master), numel,
+                    reinterpret_cast<int64_t*>(zeros)});
   }
   py::list launches;
-  for (const cuda::Launch& launch : cuda::plan(
-           list, dtype_named(dtype),
-           options(lr, momentum, dampening, weight_decay, l1, nesterov, maximize, proximal, first),
-           capacity)) {
+  for (const cuda::Launch& launch :
+       cuda::plan(list, kind_named(kind), o, device_values(device), capacity)) {
     py::dict entry;
     entry["kernel"] = launch.kernel;
     entry["grid"] = launch.grid;
@@ -132,7 +147,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             return misfits;
           },
           "(index, differs in layout only, lacks a usable CUDA device, reason in words) for each "
-          "triple that no bucket took.");
+          "parameter that no bucket took.");
 
   py::class_<TensorReader>(m, "TensorReader", "Reads lists of torch tensors through DLPack.")
       .def(py::init([](py::object exchange_api, py::object describe, py::object stream,
@@ -145,29 +160,46 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def_property_readonly("has_exchange_api", &TensorReader::has_exchange_api)
       .def(
           "read",
-          [](const TensorReader& reader, py::list params, py::list grads, py::object momenta) {
-            if (grads.size() != params.size() ||
-                (!momenta.is_none() &&
-                 (!PyList_Check(momenta.ptr()) || py::len(momenta) != params.size()))) {
-              throw std::invalid_argument("params, grads and momenta must be lists of one length");
+          [](const TensorReader& reader, py::list params, py::list grads, py::object momenta,
+             py::object masters, py::object zeros) {
+            const auto fits = [&](const py::object& list) {
+              return list.is_none() || (PyList_Check(list.ptr()) && py::len(list) == params.size());
+            };
+            if (grads.size() != params.size() || !fits(momenta) || !fits(masters) || !fits(zeros)) {
+              throw std::invalid_argument("the lists must be of one length");
             }
-            return reader.read(params.ptr(), grads.ptr(), momenta.ptr());
+            return reader.read(params.ptr(), grads.ptr(), momenta.ptr(), masters.ptr(),
+                               zeros.ptr());
           },
           py::arg("params"), py::arg("grads"), py::arg("momenta").none(true),
+          py::arg("masters").none(true) = py::none(), py::arg("zeros").none(true) = py::none(),
           // A reading is made of addresses: the lists that own them live as long.
-          py::keep_alive<0, 2>(), py::keep_alive<0, 3>(), py::keep_alive<0, 4>());
+          py::keep_alive<0, 2>(), py::keep_alive<0, 3>(), py::keep_alive<0, 4>(),
+          py::keep_alive<0, 5>());
 
-  m.def("prox_sgd_", &run, py::arg("reader"), py::arg("reading"), py::arg("lr"),
-        py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("l1"),
-        py::arg("nesterov"), py::arg("maximize"), py::arg("proximal"), py::arg("first"),
-        py::arg("threads"), "One step on all buckets of a reading, in place.");
+  m.def(
+      "prox_sgd_", &run, py::arg("reader"), py::arg("reading"), py::arg("lr"), py::arg("momentum"),
+      py::arg("dampening"), py::arg("weight_decay"), py::arg("l1"), py::arg("nesterov"),
+      py::arg("maximize"), py::arg("proximal"), py::arg("frozen_zeros"), py::arg("grad_scale"),
+      py::arg("grad_coefficient"), py::arg("first"), py::arg("threads"), py::arg("device"),
+      "One step on all buckets of a reading, in place. `device` maps CUDA devices to the "
+      "addresses of lr, l1 (float64), grad_scale, grad_coefficient and found_inf (float32) there, "
+      "0 for what isn't there.");
 
-  m.def("plan_prox_sgd_cuda", &plan_cuda, py::arg("dtype"), py::arg("triples"), py::arg("lr"),
+  m.def("plan_prox_sgd_cuda", &plan_cuda, py::arg("kind"), py::arg("rows"), py::arg("lr"),
         py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("l1"),
-        py::arg("nesterov"), py::arg("maximize"), py::arg("proximal"), py::arg("first"),
-        py::arg("capacity") = 0,
-        "The launches for triples (address of parameter, gradient, momentum; elements): kernel, "
-        "grid, block and parameter bytes of each. Needs no GPU and no CUDA build.");
+        py::arg("nesterov"), py::arg("maximize"), py::arg("proximal"), py::arg("frozen_zeros"),
+        py::arg("grad_scale"), py::arg("grad_coefficient"), py::arg("first"),
+        py::arg("device") = Addresses{}, py::arg("capacity") = 0,
+        "The launches for rows of (addresses of parameter, gradient, momentum, master, zero "
+        "counter; elements): kernel, grid, block and parameter bytes of each. Needs no GPU and no "
+        "CUDA build.");
+
+  m.attr("kinds") = [] {
+    py::list names;
+    for (const char* name : kKindNames) names.append(name);
+    return py::tuple(names);
+  }();
 
   m.def("build_info", &build_info, "What this binary was built from.");
   m.def("simd_levels", &simd_levels, "SIMD levels that this processor can run.");

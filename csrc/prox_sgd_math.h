@@ -42,6 +42,70 @@ struct ComputeType<double> {
 template <typename T>
 using compute_t = typename ComputeType<T>::type;
 
+// The storage types of each kind. Without a master, Weight is what the parameter is stored in.
+template <typename P, typename G, typename M, typename W, bool kMaster>
+struct StorageTypes {
+  using Param = P;
+  using Grad = G;
+  using Momentum = M;
+  using Weight = W;
+  using Compute = compute_t<W>;
+  static constexpr bool has_master = kMaster;
+  // Elements that fill 16 bytes of the widest.
+  static constexpr int per_unit = static_cast<int>(16 / sizeof(W));
+};
+template <typename T>
+using Uniform = StorageTypes<T, T, T, T, false>;
+
+template <Kind kKind>
+struct Types;
+template <>
+struct Types<Kind::float32> : Uniform<float> {};
+template <>
+struct Types<Kind::float64> : Uniform<double> {};
+template <>
+struct Types<Kind::float16> : Uniform<Half> {};
+template <>
+struct Types<Kind::bfloat16> : Uniform<BFloat16> {};
+template <>
+struct Types<Kind::float32_momentum_bfloat16> : StorageTypes<float, float, BFloat16, float, false> {
+};
+template <>
+struct Types<Kind::bfloat16_master> : StorageTypes<BFloat16, BFloat16, float, float, true> {};
+template <>
+struct Types<Kind::bfloat16_master_momentum_bfloat16>
+    : StorageTypes<BFloat16, BFloat16, BFloat16, float, true> {};
+template <>
+struct Types<Kind::float16_master> : StorageTypes<Half, Half, float, float, true> {};
+
+template <Kind kKind>
+struct KindTag {
+  static constexpr Kind kind = kKind;
+};
+
+// Calls f(KindTag<kind>()): from a kind that is known when running to one that is when compiling.
+template <typename F>
+auto with_kind(Kind kind, F&& f) {
+  switch (kind) {
+    case Kind::float32:
+      return f(KindTag<Kind::float32>());
+    case Kind::float64:
+      return f(KindTag<Kind::float64>());
+    case Kind::float16:
+      return f(KindTag<Kind::float16>());
+    case Kind::bfloat16:
+      return f(KindTag<Kind::bfloat16>());
+    case Kind::float32_momentum_bfloat16:
+      return f(KindTag<Kind::float32_momentum_bfloat16>());
+    case Kind::bfloat16_master:
+      return f(KindTag<Kind::bfloat16_master>());
+    case Kind::bfloat16_master_momentum_bfloat16:
+      return f(KindTag<Kind::bfloat16_master_momentum_bfloat16>());
+    default:
+      return f(KindTag<Kind::float16_master>());
+  }
+}
+
 template <typename To, typename From>
 PROX_SGD_HD To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
@@ -68,6 +132,11 @@ PROX_SGD_HD float load(Half x) {
   return bit_cast<float>(finite_or_not | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 #endif
 }
+
+PROX_SGD_HD bool is_zero(float x) { return x == 0.0f; }
+PROX_SGD_HD bool is_zero(double x) { return x == 0.0; }
+PROX_SGD_HD bool is_zero(BFloat16 x) { return (x.bits & 0x7fffu) == 0; }
+PROX_SGD_HD bool is_zero(Half x) { return (x.bits & 0x7fffu) == 0; }
 
 // Rounds once, to nearest even; overflow gives an infinity, a NaN stays a NaN.
 template <typename T>
@@ -115,6 +184,8 @@ PROX_SGD_HD float add_(float a, float b) { return __fadd_rn(a, b); }
 PROX_SGD_HD double fma_(double a, double b, double c) { return __fma_rn(a, b, c); }
 PROX_SGD_HD double mul_(double a, double b) { return __dmul_rn(a, b); }
 PROX_SGD_HD double add_(double a, double b) { return __dadd_rn(a, b); }
+PROX_SGD_HD float div_(float a, float b) { return __fdiv_rn(a, b); }
+PROX_SGD_HD double div_(double a, double b) { return __ddiv_rn(a, b); }
 
 #else
 
@@ -145,6 +216,8 @@ PROX_SGD_HD float add_(float a, float b) { return a + b; }
 PROX_SGD_HD double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
 PROX_SGD_HD double mul_(double a, double b) { return a * b; }
 PROX_SGD_HD double add_(double a, double b) { return a + b; }
+PROX_SGD_HD float div_(float a, float b) { return a / b; }
+PROX_SGD_HD double div_(double a, double b) { return a / b; }
 
 #endif
 
@@ -197,57 +270,85 @@ struct Coefficients {
   C lookahead;              // nesterov: momentum; 1 where off
   C threshold;              // t1 = lr (l1 k)
   C scale;                  // l2_mode "proximal": r = 1 / (1 + lr (weight_decay k)); 1 where off
+  C grad_factor;            // grad_coefficient / grad_scale; 1 where off
   uint32_t ascent;          // maximize: the sign bit
   uint32_t decay_mask;      // coupled weight decay: all ones
   uint32_t lookahead_mask;  // nesterov: all ones
   uint32_t lookahead_sign;  // the sign bit where nesterov is off
   uint32_t shrink_mask;     // threshold not 0: all ones
+  uint32_t frozen_zeros;    // not 0: what is 0 stays 0
   Momentum mode;
 };
 
-// Float64 on the host, in the order of the formulas, then one rounding to C.
-//
+// The options that a schedule, a gradient scaler or clipping change from step to step.
+struct Varying {
+  double lr;
+  double l1;
+  double gain;            // k
+  double proximal_decay;  // weight_decay where l2_mode is "proximal", 0 where it isn't
+  float grad_scale;
+  float grad_coefficient;
+};
+
+// Sets what depends on them: float64 in the order of the formulas, then one rounding to C.
+template <typename C>
+PROX_SGD_HD void set(Coefficients<C>& c, const Varying& v) {
+  c.minus_lr = static_cast<C>(-v.lr);
+  c.threshold = static_cast<C>(mul_(v.lr, mul_(v.l1, v.gain)));
+  c.shrink_mask = c.threshold != C(0) ? 0xffffffffu : 0;
+  c.scale = static_cast<C>(div_(1.0, add_(1.0, mul_(v.lr, mul_(v.proximal_decay, v.gain)))));
+  c.grad_factor =
+      mul_(div_(C(1), static_cast<C>(v.grad_scale)), static_cast<C>(v.grad_coefficient));
+}
+
 // k = (1 - dampening) / (1 - momentum) is the length of the step that heavy-ball momentum makes of
 // a constant gradient, in units of lr: with it, the fixed point of the update is the minimiser of
 // f(w) + l1 |w|_1 + weight_decay/2 |w|^2 and not that of another l1.
+inline Varying varying(const Options& o) {
+  const double k = o.momentum == 0.0 ? 1.0 : (1.0 - o.dampening) / (1.0 - o.momentum);
+  return {o.lr,         o.frozen_zeros ? 0.0 : o.l1, k, o.proximal ? o.weight_decay : 0.0,
+          o.grad_scale, o.grad_coefficient};
+}
+
 template <typename C>
 Coefficients<C> coefficients(const Options& o) {
-  const double k = o.momentum == 0.0 ? 1.0 : (1.0 - o.dampening) / (1.0 - o.momentum);
   constexpr uint32_t all = 0xffffffffu;
   constexpr uint32_t sign = 0x80000000u;
   const bool coupled = !o.proximal && o.weight_decay != 0.0;
   const bool nesterov = o.nesterov && o.momentum != 0.0;
   Coefficients<C> c{};
-  c.minus_lr = static_cast<C>(-o.lr);
+  set(c, varying(o));
   c.momentum = static_cast<C>(o.momentum);
   c.one_minus_dampening = static_cast<C>(1.0 - o.dampening);
   c.weight_decay = coupled ? static_cast<C>(o.weight_decay) : -C(0);
   c.lookahead = nesterov ? c.momentum : C(1);
-  c.threshold = static_cast<C>(o.lr * (o.l1 * k));
-  c.scale = o.proximal ? static_cast<C>(1.0 / (1.0 + o.lr * (o.weight_decay * k))) : C(1);
   c.ascent = o.maximize ? sign : 0;
   c.decay_mask = coupled ? all : 0;
   c.lookahead_mask = nesterov ? all : 0;
   c.lookahead_sign = nesterov ? 0 : sign;
-  c.shrink_mask = c.threshold != C(0) ? all : 0;
+  c.frozen_zeros = o.frozen_zeros ? 1 : 0;
   c.mode = o.mode();
   return c;
 }
 
 // One step of one element: p and m in, p and m out. `mode` is passed apart from c.mode so that a
-// caller who knows it when compiling can say so. What m holds before matters only where it is
-// `running`; without momentum m comes back as d and is nobody's.
+// caller who knows it when compiling can say so, and so is `extras`: whether there may be a factor
+// to the gradient or frozen zeros. What m holds before matters only where mode is `running`;
+// without momentum m comes back as d and is nobody's.
 //
 // The L1 proximal map is v - clamp(v, -t, t): v - v is +0, and a NaN stays one whatever its clamp
 // is.
 template <typename C>
-PROX_SGD_HD void update(const Coefficients<C>& c, Momentum mode, C& p, C g, C& m) {
+PROX_SGD_HD void update(const Coefficients<C>& c, Momentum mode, bool extras, C& p, C g, C& m) {
+  const bool stays = extras && c.frozen_zeros && p == C(0);
+  if (extras) g = mul_(g, c.grad_factor);
   const C d = fma_(c.weight_decay, keep(p, c.decay_mask), flip(g, c.ascent));
   const C averaged = fma_(c.one_minus_dampening, d, mul_(c.momentum, m));
   m = mode == Momentum::running ? averaged : d;
   const C s = fma_(c.lookahead, m, flip(keep(d, c.lookahead_mask), c.lookahead_sign));
   const C v = fma_(c.minus_lr, s, p);
-  p = mul_(add_(v, -keep(clamp_(v, c.threshold), c.shrink_mask)), c.scale);
+  const C moved = mul_(add_(v, -keep(clamp_(v, c.threshold), c.shrink_mask)), c.scale);
+  p = stays ? C(0) : moved;
 }
 
 }  // namespace prox_sgd

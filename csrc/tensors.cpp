@@ -32,6 +32,31 @@ bool our_dtype(const dlpack::DataType& type, DType* out) {
   }
 }
 
+// The kind that has these storage types. `momentum` and `master` are null where there is none.
+bool kind_of(DType param, DType grad, const DType* momentum, const DType* master, Kind* out) {
+  if (grad != param) return false;
+  if (master != nullptr) {
+    if (*master != DType::float32) return false;
+    const bool wide = momentum == nullptr || *momentum == DType::float32;
+    if (param == DType::bfloat16 && wide) {
+      *out = Kind::bfloat16_master;
+    } else if (param == DType::bfloat16 && *momentum == DType::bfloat16) {
+      *out = Kind::bfloat16_master_momentum_bfloat16;
+    } else if (param == DType::float16 && wide) {
+      *out = Kind::float16_master;
+    } else {
+      return false;
+    }
+    return true;
+  }
+  if (momentum == nullptr || *momentum == param) {
+    *out = static_cast<Kind>(param);  // the uniform kinds have the dtypes' numbers
+    return true;
+  }
+  *out = Kind::float32_momentum_bfloat16;
+  return param == DType::float32 && *momentum == DType::bfloat16;
+}
+
 }  // namespace
 
 const char* describe(Unfit reason) {
@@ -49,9 +74,9 @@ const char* describe(Unfit reason) {
     case Unfit::not_dense:
       return "it is not dense: it has gaps, overlaps or repeats in memory";
     case Unfit::mixed:
-      return "parameter, gradient and momentum buffer differ in shape, dtype or device";
+      return "its gradient, momentum buffer or master weight has another shape, device or dtype";
     case Unfit::layout:
-      return "parameter, gradient and momentum buffer differ in memory layout";
+      return "its gradient, momentum buffer or master weight has another memory layout";
     default:
       return "its CUDA device can't be used";
   }
@@ -112,10 +137,8 @@ struct TensorReader::View {
     return true;
   }
 
-  bool same_kind(const View& other) const {
-    return tensor.dtype.code == other.tensor.dtype.code &&
-           tensor.dtype.bits == other.tensor.dtype.bits &&
-           tensor.device.device_type == other.tensor.device.device_type &&
+  bool same_device(const View& other) const {
+    return tensor.device.device_type == other.tensor.device.device_type &&
            tensor.device.device_id == other.tensor.device.device_id;
   }
 
@@ -205,64 +228,91 @@ bool TensorReader::view(PyObject* tensor, View* out) const {
   return good;
 }
 
-Unfit TensorReader::check(PyObject* param, PyObject* grad, PyObject* momentum, Bucket* key,
-                          Triple* out) const {
-  if (!plain(param) || !plain(grad) || (momentum && !plain(momentum))) return Unfit::type;
-  View p;
-  View g;
-  View m;
-  if (!view(param, &p) || !view(grad, &g) || (momentum && !view(momentum, &m))) {
-    return Unfit::unreadable;
+Unfit TensorReader::check(PyObject* param, PyObject* grad, PyObject* momentum, PyObject* master,
+                          Bucket* key, Operands* out) const {
+  // The parameter first; the others are compared with it.
+  PyObject* const tensors[] = {param, grad, momentum, master};
+  View views[4];
+  DType dtypes[4];
+  for (int i = 0; i < 4; ++i) {
+    if (tensors[i] != nullptr && !plain(tensors[i])) return Unfit::type;
   }
+  for (int i = 0; i < 4; ++i) {
+    if (tensors[i] != nullptr && !view(tensors[i], &views[i])) return Unfit::unreadable;
+  }
+  const View& p = views[0];
   const dlpack::Device device = p.tensor.device;
   if (device.device_type != dlpack::kCPU && device.device_type != dlpack::kCUDA) {
     return Unfit::device;
   }
-  if (!our_dtype(p.tensor.dtype, &key->dtype)) return Unfit::dtype;
-  if (!p.same_kind(g) || !p.same_shape(g)) return Unfit::mixed;
-  if (momentum && (!p.same_kind(m) || !p.same_shape(m))) return Unfit::mixed;
+  if (!our_dtype(p.tensor.dtype, &dtypes[0])) return Unfit::dtype;
+  bool same_layout = true;
+  bool readable = p.tensor.data != nullptr;
+  for (int i = 1; i < 4; ++i) {
+    if (tensors[i] == nullptr) continue;
+    const View& v = views[i];
+    if (!our_dtype(v.tensor.dtype, &dtypes[i]) || !p.same_device(v) || !p.same_shape(v)) {
+      return Unfit::mixed;
+    }
+    same_layout = same_layout && p.same_layout(v);
+    readable = readable && v.tensor.data != nullptr;
+  }
+  if (!kind_of(dtypes[0], dtypes[1], momentum ? &dtypes[2] : nullptr, master ? &dtypes[3] : nullptr,
+               &key->kind)) {
+    return Unfit::mixed;
+  }
   key->device_type = device.device_type;
   key->device_id = device.device_id;
   const int64_t numel = p.numel();
-  *out = {p.data(), g.data(), momentum ? m.data() : nullptr, numel};
+  *out = {p.data(),
+          views[1].data(),
+          momentum ? views[2].data() : nullptr,
+          master ? views[3].data() : nullptr,
+          numel,
+          nullptr};
   if (numel == 0) return Unfit::fit;
   if (!p.dense()) return Unfit::not_dense;
-  if (!p.same_layout(g) || (momentum && !p.same_layout(m))) return Unfit::layout;
-  if (!p.tensor.data || !g.tensor.data || (momentum && !m.tensor.data)) return Unfit::unreadable;
+  if (!same_layout) return Unfit::layout;
+  if (!readable) return Unfit::unreadable;
   if (device.device_type == dlpack::kCUDA && cuda::why_unusable(device.device_id)[0] != '\0') {
     return Unfit::no_cuda;
   }
   return Unfit::fit;
 }
 
-Reading TensorReader::read(PyObject* params, PyObject* grads, PyObject* momenta) const {
+Reading TensorReader::read(PyObject* params, PyObject* grads, PyObject* momenta, PyObject* masters,
+                           PyObject* zeros) const {
   Reading reading;
   Bucket* bucket = nullptr;
+  const auto item = [](PyObject* list, Py_ssize_t i) {
+    return list == Py_None ? nullptr : PyList_GET_ITEM(list, i);
+  };
   const Py_ssize_t count = PyList_GET_SIZE(params);
   for (Py_ssize_t i = 0; i < count; ++i) {
     Bucket key{};
-    Triple triple{};
-    const Unfit reason =
-        check(PyList_GET_ITEM(params, i), PyList_GET_ITEM(grads, i),
-              momenta == Py_None ? nullptr : PyList_GET_ITEM(momenta, i), &key, &triple);
+    Operands operands{};
+    const Unfit reason = check(PyList_GET_ITEM(params, i), PyList_GET_ITEM(grads, i),
+                               item(momenta, i), item(masters, i), &key, &operands);
     if (reason != Unfit::fit) {
       reading.misfits.push_back({i, reason});
       continue;
     }
+    if (PyObject* address = item(zeros, i)) {
+      operands.zeros = static_cast<int64_t*>(PyLong_AsVoidPtr(address));
+    }
     const auto belongs = [&](const Bucket& b) {
-      return b.dtype == key.dtype && b.device_type == key.device_type &&
-             b.device_id == key.device_id;
+      return b.kind == key.kind && b.device_type == key.device_type && b.device_id == key.device_id;
     };
     if (bucket == nullptr || !belongs(*bucket)) {
       auto found = std::find_if(reading.buckets.begin(), reading.buckets.end(), belongs);
       if (found == reading.buckets.end()) {
         reading.buckets.push_back(key);
         found = reading.buckets.end() - 1;
-        found->triples.reserve(static_cast<size_t>(count));
+        found->operands.reserve(static_cast<size_t>(count));
       }
       bucket = &*found;
     }
-    bucket->triples.push_back(triple);
+    bucket->operands.push_back(operands);
   }
   return reading;
 }

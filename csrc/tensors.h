@@ -1,4 +1,4 @@
-// Reads lists of Python tensors into buckets of checked triples.
+// Reads lists of Python tensors into buckets of checked operands.
 #pragma once
 
 #include <Python.h>
@@ -11,15 +11,15 @@
 
 namespace prox_sgd {
 
-// Triples that one launch can take: of one device and dtype.
+// Parameters that one launch can take: of one device and kind.
 struct Bucket {
   int32_t device_type;
   int32_t device_id;
-  DType dtype;
-  std::vector<Triple> triples;
+  Kind kind;
+  std::vector<Operands> operands;
 };
 
-// Why a triple can't be taken by a native kernel as it is.
+// Why a parameter with its tensors can't be taken by a native kernel as it is.
 enum class Unfit : int32_t {
   fit,
   type,        // not exactly torch.Tensor or torch.nn.Parameter
@@ -27,8 +27,8 @@ enum class Unfit : int32_t {
   device,      // neither CPU nor CUDA
   dtype,       // not a floating-point type of ours
   not_dense,   // the parameter has holes, overlaps or repeats
-  mixed,       // the three differ in shape, dtype or device
-  layout,      // the three are laid out differently, each dense or not
+  mixed,       // its tensors differ in shape or device, or in dtype in a way that no kind has
+  layout,      // its tensors are laid out differently, each dense or not
   no_cuda,     // on a CUDA device that this build can't use
 };
 
@@ -61,10 +61,12 @@ class TensorReader {
 
   bool has_exchange_api() const { return api_ != nullptr; }
 
-  // Reads params[i], grads[i] and momenta[i]; `momenta` is Py_None or a list. The lists must be
-  // Python lists of one length. What does not fit is in `misfits` and in no bucket; nothing is
-  // raised for a tensor, whatever it is.
-  Reading read(PyObject* params, PyObject* grads, PyObject* momenta) const;
+  // Reads params[i], grads[i], momenta[i] and masters[i]; the last two are Py_None or lists, as is
+  // `zeros`, which holds the addresses of counters, one a parameter. The lists must be Python lists
+  // of one length. What does not fit is in `misfits` and in no bucket; nothing is raised for a
+  // tensor, whatever it is.
+  Reading read(PyObject* params, PyObject* grads, PyObject* momenta, PyObject* masters,
+               PyObject* zeros) const;
 
   // The stream that torch works on now. Throws std::runtime_error if torch does not tell.
   void* current_stream(int32_t device_type, int32_t device_id) const;
@@ -72,7 +74,8 @@ class TensorReader {
  private:
   struct View;
   bool view(PyObject* tensor, View* out) const;
-  Unfit check(PyObject* param, PyObject* grad, PyObject* momentum, Bucket* key, Triple* out) const;
+  Unfit check(PyObject* param, PyObject* grad, PyObject* momentum, PyObject* master, Bucket* key,
+              Operands* out) const;
   bool plain(PyObject* tensor) const;
 
   const dlpack::ExchangeApi* api_ = nullptr;

@@ -38,8 +38,11 @@ _DLPACK_DTYPE = {
 }
 
 
+_NOTHING_ON_DEVICES: dict[int, tuple[Tensor | None, ...]] = {}
+
+
 class Misfit(NamedTuple):
-    """A triple that the core can't take as it is."""
+    """A parameter that the core can't take as it is."""
 
     position: int
     layout_only: bool
@@ -90,29 +93,47 @@ def available() -> bool:
     return _C is not None
 
 
-def read(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor] | None) -> Any:
-    """Reads and checks lists of tensors; the result borrows their memory."""
-    return _reader.read(params, grads, momenta)
+def read(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor] | None,
+    masters: list[Tensor] | None = None,
+    zeros: list[int] | None = None,
+) -> Any:
+    """Reads and checks lists of tensors; the result borrows their memory.
+
+    ``zeros``: addresses of int64 counters, on the parameters' devices.
+    """
+    return _reader.read(params, grads, momenta, masters, zeros)
 
 
 def misfits(reading: Any) -> list[Misfit]:
-    """The triples of a reading that the core can't take as they are."""
+    """The parameters of a reading that the core can't take as they are."""
     return [Misfit(*m) for m in reading.misfits]
 
 
 def prox_sgd_(
     reading: Any,
-    params: Sequence[Tensor],
-    momenta: Sequence[Tensor] | None,
+    changed: Sequence[Sequence[Tensor] | None],
     h: Hyperparameters,
     first: bool,
+    device: dict[int, tuple[Tensor | None, ...]] = _NOTHING_ON_DEVICES,
 ) -> None:
-    """One step on a reading of ``params`` and ``momenta``, in place."""
-    _C.prox_sgd_(_reader, reading, *h, first, torch.get_num_threads())
+    """One step on a reading, in place.
+
+    ``changed``: the lists of tensors, of those read, that the step writes to. ``device``: for CUDA
+    devices, what is read there when the kernel runs: lr and l1 in float64, grad_scale,
+    grad_coefficient and found_inf in float32.
+    """
+    addresses = {
+        index: tuple(0 if value is None else value.data_ptr() for value in values)
+        for index, values in device.items()
+    }
+    _C.prox_sgd_(_reader, reading, *h, first, torch.get_num_threads(), addresses)
     # Autograd must notice that the tensors have changed.
-    torch.autograd.graph.increment_version(params)
-    if momenta:
-        torch.autograd.graph.increment_version(momenta)
+    for tensors in changed:
+        if tensors:
+            torch.autograd.graph.increment_version(tensors)
 
 
 _warned: set[str] = set()

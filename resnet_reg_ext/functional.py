@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,6 +84,9 @@ class Hyperparameters(NamedTuple):
     nesterov: bool
     maximize: bool
     proximal: bool
+    frozen_zeros: bool
+    grad_scale: float = 1.0
+    grad_coefficient: float = 1.0
 
     @property
     def gain(self) -> float:
@@ -91,29 +94,37 @@ class Hyperparameters(NamedTuple):
         return 1.0 if self.momentum == 0 else (1 - self.dampening) / (1 - self.momentum)
 
 
-def hyperparameters(group: Mapping[str, Any], where: str = "") -> Hyperparameters:
+def hyperparameters(
+    group: Mapping[str, Any], where: str = "", on_device: dict[str, Tensor] | None = None
+) -> Hyperparameters:
     """Checks a group's options.
 
     Args:
         group: holds ``lr``, ``momentum``, ``dampening``, ``weight_decay``, ``nesterov``, ``l1``,
-            ``l2_mode``, ``maximize`` and ``fused``.
+            ``l2_mode``, ``maximize``, ``fused`` and ``frozen_zeros``.
         where: what to put before an option's name in an error.
+        on_device: takes an ``lr`` or ``l1`` that a CUDA device holds, 0 in the result then;
+            without it, the host waits for the value.
 
     Raises:
         ValueError: an option is out of its range; names it and its value.
     """
 
     def number(key: str) -> float:
-        return _finite_and_not_negative(group[key], f"{where}{key}")
+        value = group[key]
+        if on_device is not None and type(value) is not float and _is_on_gpu(value):
+            on_device[key] = _scalar(value, f"{where}{key}")
+            return 0.0
+        return _finite_and_not_negative(value, f"{where}{key}")
 
     lr = number("lr")
-    momentum = number("momentum")
+    momentum = _finite_and_not_negative(group["momentum"], f"{where}momentum")
     if not momentum < 1:
         raise ValueError(
             f"{where}momentum is {group['momentum']}: must be in [0, 1), "
             "as the L1 threshold divides by 1 - momentum"
         )
-    dampening = number("dampening")
+    dampening = _finite_and_not_negative(group["dampening"], f"{where}dampening")
     if not dampening <= 1:
         raise ValueError(f"{where}dampening is {group['dampening']}: must be in [0, 1]")
     nesterov = bool(group["nesterov"])
@@ -130,12 +141,15 @@ def hyperparameters(group: Mapping[str, Any], where: str = "") -> Hyperparameter
         lr,
         momentum,
         dampening,
-        number("weight_decay"),
+        _finite_and_not_negative(group["weight_decay"], f"{where}weight_decay"),
         number("l1"),
         nesterov,
         bool(group["maximize"]),
         group["l2_mode"] == "proximal",
+        bool(group["frozen_zeros"]),
     )
+    if h.frozen_zeros:
+        h = h._replace(l1=0.0)
     if h.lr * max(h.l1, h.weight_decay) * h.gain > _FLOAT32_MAX:
         raise ValueError(
             f"{where}lr {h.lr}, l1 {h.l1} and weight_decay {h.weight_decay} with momentum "
@@ -148,8 +162,8 @@ def _finite_and_not_negative(value: Any, name: str) -> float:
     if type(value) is float:
         number = value
     else:
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: must be a number")
+        if isinstance(value, Tensor):
+            value = _scalar(value, name)
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -159,6 +173,16 @@ def _finite_and_not_negative(value: Any, name: str) -> float:
     if number > _FLOAT32_MAX:
         raise ValueError(f"{name} is {value}: must be within float32, which is computed in")
     return number
+
+
+def _is_on_gpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda
+
+
+def _scalar(value: Tensor, name: str) -> Tensor:
+    if value.numel() != 1:
+        raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: must be a number")
+    return value
 
 
 def prox_sgd_(
@@ -175,6 +199,8 @@ def prox_sgd_(
     l2_mode: str = "coupled",
     maximize: bool = False,
     first_step: bool = False,
+    master_weights: Sequence[Tensor] | None = None,
+    frozen_zeros: bool = False,
     fused: bool | None = None,
 ) -> None:
     r"""One step of proximal SGD on lists of tensors, in place; not differentiable.
@@ -206,6 +232,9 @@ def prox_sgd_(
         l2_mode: ``"coupled"`` or ``"proximal"``.
         maximize: ascend instead of descend.
         first_step: the buffers hold nothing yet and are only written.
+        master_weights: float32 copies of bfloat16 or float16 parameters. The update is made on
+            them, and the parameters become what they round to.
+        frozen_zeros: weights that are 0 stay 0, and ``l1`` is not applied.
         fused: None takes the native kernels for the tensors that they can take and pure PyTorch for
             the others; True raises where they can't; False takes pure PyTorch.
 
@@ -223,57 +252,177 @@ def prox_sgd_(
         "l2_mode": l2_mode,
         "maximize": maximize,
         "fused": fused,
+        "frozen_zeros": frozen_zeros,
     }
     h = hyperparameters(options)
     if h.momentum != 0 and momentum_buffers is None:
         raise ValueError(f"momentum is {momentum}: momentum_buffers must be given")
     buffers = list(momentum_buffers) if momentum_buffers is not None and h.momentum != 0 else None
-    for name, tensors in (("params", params), ("grads", grads), ("momentum_buffers", buffers)):
+    masters = None if master_weights is None else list(master_weights)
+    for name, tensors in (
+        ("params", params),
+        ("grads", grads),
+        ("momentum_buffers", buffers),
+        ("master_weights", masters),
+    ):
         if tensors is not None and len(tensors) != len(params):
             raise ValueError(f"{len(params)} params, but {len(tensors)} {name}")
         if name != "grads" and any(map(Tensor.is_neg, tensors or ())):
             raise ValueError(f"{name} holds a lazily negated view: call resolve_neg() on it")
-    prepare_prox_sgd(
-        list(params), list(grads), buffers, h, first_step, fused, "params[{}]".format
-    )()
+    bucket = Bucket(list(params), list(grads), buffers, masters, first_step)
+    run = prepare_prox_sgd(bucket, h, fused, "params[{}]".format)
+    assert run is not None  # there is no found_inf
+    run()
+
+
+class Bucket(NamedTuple):
+    """Parameters of one group that are all, or all not, at their first step."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    momenta: list[Tensor] | None
+    masters: list[Tensor] | None
+    first: bool
+    zeros: Tensor | None = None
+    """Where to count the zeros of each parameter: int64, on the parameters' one device."""
+
+    def of(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """A parameter with its gradient, momentum buffer and master weight."""
+        return (
+            self.params[i],
+            self.grads[i],
+            self.momenta[i] if self.momenta is not None else None,
+            self.masters[i] if self.masters is not None else None,
+        )
+
+    def pick(self, indices: Sequence[int]) -> Bucket:
+        """Some of the parameters, without counters."""
+
+        def some(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensors[i] for i in indices]
+
+        return Bucket(
+            some(self.params),
+            some(self.grads),
+            None if self.momenta is None else some(self.momenta),
+            None if self.masters is None else some(self.masters),
+            self.first,
+        )
+
+    def read(self) -> Any:
+        """The native core's reading of the bucket."""
+        zeros = None
+        if self.zeros is not None:
+            start = self.zeros.data_ptr()
+            zeros = list(range(start, start + 8 * len(self.params), 8))
+        return _native.read(self.params, self.grads, self.momenta, self.masters, zeros)
+
+    @property
+    def changed(self) -> tuple[list[Tensor] | None, ...]:
+        """What a step writes to."""
+        return self.params, self.momenta, self.masters
+
+
+class DeviceValues(NamedTuple):
+    """What the kernel reads in a CUDA device's memory, so that the host needn't wait for it."""
+
+    lr: Tensor | None = None
+    l1: Tensor | None = None
+    grad_scale: Tensor | None = None
+    grad_coefficient: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def on(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        """The values on a device, in the types that the kernel reads."""
+        wide = (torch.float64, torch.float64, torch.float32, torch.float32, torch.float32)
+        return tuple(
+            None if value is None else value.detach().to(device, dtype, non_blocking=True)
+            for value, dtype in zip(self, wide, strict=True)
+        )
+
+    def applied_to(self, h: Hyperparameters, why: str) -> Hyperparameters | None:
+        """The hyperparameters with the values in, for which the host waits; None if inf was found.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, so the host can't wait; says ``why`` it
+                would have to.
+            ValueError: a value is out of its range.
+        """
+        tensors = [value for value in self if value is not None]
+        if any(map(_is_on_gpu, tensors)) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"ProxSGD: can't wait for a value on the device while a CUDA graph is captured, "
+                f"but {why}"
+            )
+        if self.found_inf is not None and self.found_inf.item() != 0:
+            return None
+        if self.lr is not None:
+            h = h._replace(lr=_finite_and_not_negative(self.lr, "ProxSGD: lr"))
+        if self.l1 is not None:
+            h = h._replace(l1=_finite_and_not_negative(self.l1, "ProxSGD: l1"))
+        if self.grad_scale is not None:
+            scale = self.grad_scale.item()
+            if not scale > 0:
+                raise ValueError(f"ProxSGD: grad_scale is {scale}: must be above 0")
+            h = h._replace(grad_scale=scale)
+        if self.grad_coefficient is not None:
+            h = h._replace(grad_coefficient=_rounded(self.grad_coefficient.item(), torch.float32))
+        return h
 
 
 def prepare_prox_sgd(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momenta: list[Tensor] | None,
+    bucket: Bucket,
     h: Hyperparameters,
-    first: bool,
     fused: bool | None,
     name: Callable[[int], str],
-) -> Callable[[], None]:
+    values: DeviceValues | None = None,
+) -> Callable[[], None] | None:
     """Checks all that :func:`prox_sgd_` needs and returns the step, which then can't be refused.
 
     So that an optimizer can check every bucket before it changes the first one. ``name`` turns an
-    index into words for an error.
+    index into words for an error. None is returned if ``values`` tell that the step is to be
+    skipped; on a CUDA device, the kernel itself may skip it.
     """
-    if fused is False or not _native.available() or torch.compiler.is_compiling():
-        if fused:
-            reason = _native.missing or "a step can't be compiled by torch.compile with fused=True"
-            raise RuntimeError(f"fused=True: {reason}; fused=None takes pure PyTorch instead")
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            check_triple(param, grad, momenta[i] if momenta else None, name(i))
-        return lambda: _update_(params, grads, momenta, h, first)
+    native = not (fused is False or not _native.available() or torch.compiler.is_compiling())
+    if fused and not native:
+        reason = _native.missing or "a step can't be compiled by torch.compile with fused=True"
+        raise RuntimeError(f"fused=True: {reason}; fused=None takes pure PyTorch instead")
+    if values is not None:
+        why = ""
+        if not native or not bucket.params[0].is_cuda:
+            why = "the step runs on the host or in pure PyTorch"
+        elif bucket.first:
+            why = "it is a parameter's first step: take one before the capture"
+        if why:
+            known = values.applied_to(h, why)
+            if known is None:
+                return None
+            h, values = known, None
+
+    if not native:
+        for i in range(len(bucket.params)):
+            check_operands(*bucket.of(i), name(i))
+        return lambda: _update_(bucket, h)
 
     # DLPack's exchange API doesn't tell of lazy negation (torch._neg_view, x.conj().imag).
-    if any(map(Tensor.is_neg, grads)):
-        grads = [grad.resolve_neg() for grad in grads]
-    reading = _native.read(params, grads, momenta)
+    if any(map(Tensor.is_neg, bucket.grads)):
+        bucket = bucket._replace(grads=[grad.resolve_neg() for grad in bucket.grads])
+    reading = bucket.read()
     misfits = _native.misfits(reading)
     if not misfits:
-        return lambda: _native.prox_sgd_(reading, params, momenta, h, first)
+        if values is None:
+            return lambda: _native.prox_sgd_(reading, bucket.changed, h, bucket.first)
+        on_devices = {
+            device.index: values.on(device) for device in {p.device for p in bucket.params}
+        }
+        return lambda: _native.prox_sgd_(reading, bucket.changed, h, bucket.first, on_devices)
 
     # The uncommon way: some tensors need another layout, or aren't for the native kernels at all.
     pure: list[int] = []
     relaid: list[int] = []
     for misfit in misfits:
         i = misfit.position
-        check_triple(params[i], grads[i], momenta[i] if momenta else None, name(i))
+        check_operands(*bucket.of(i), name(i))
         if misfit.layout_only:
             relaid.append(i)
             continue
@@ -281,59 +430,51 @@ def prepare_prox_sgd(
             raise RuntimeError(
                 f"{name(i)}: fused=True, but {misfit.reason}"
                 + (
-                    f" ({_native.why_cuda_unusable(params[i].device.index or 0)})"
+                    f" ({_native.why_cuda_unusable(bucket.params[i].device.index or 0)})"
                     if misfit.cuda_unusable
                     else ""
                 )
                 + "; fused=None takes pure PyTorch for such tensors"
             )
         if misfit.cuda_unusable:
-            _native.warn_unusable_cuda(params[i].device)
+            _native.warn_unusable_cuda(bucket.params[i].device)
         pure.append(i)
-    return _prepare_mixed(params, grads, momenta, h, first, relaid, pure)
+    if values is not None:
+        known = values.applied_to(h, f"{name(misfits[0].position)}: {misfits[0].reason}")
+        if known is None:
+            return None
+        h = known
+    return _prepare_mixed(bucket, h, relaid, pure)
 
 
 def _prepare_mixed(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momenta: list[Tensor] | None,
-    h: Hyperparameters,
-    first: bool,
-    relaid: Sequence[int],
-    pure: Sequence[int],
+    bucket: Bucket, h: Hyperparameters, relaid: Sequence[int], pure: Sequence[int]
 ) -> Callable[[], None]:
     """A step for a bucket in which some tensors are laid out anew and some go the pure way."""
 
-    def pick(tensors: list[Tensor] | None, indices: Sequence[int]) -> list[Tensor] | None:
-        return None if tensors is None else [tensors[i] for i in indices]
-
     @torch.no_grad()
     def run() -> None:
-        native_grads = list(grads)
-        native_momenta = None if momenta is None else list(momenta)
+        grads = list(bucket.grads)
+        states = [None if t is None else list(t) for t in (bucket.momenta, bucket.masters)]
         for i in relaid:
-            native_grads[i] = _like(grads[i], params[i])
-            if momenta is not None and native_momenta is not None:
-                native_momenta[i] = _like(momenta[i], params[i])
+            for tensors in (grads, *states):
+                if tensors is not None:
+                    tensors[i] = _like(tensors[i], bucket.params[i])
+        laid = Bucket(bucket.params, grads, states[0], states[1], bucket.first)
         left = set(pure)
-        native = [i for i in range(len(params)) if i not in left]
+        native = [i for i in range(len(bucket.params)) if i not in left]
         if native:
-            some = [params[i] for i in native]
-            buffers = pick(native_momenta, native)
-            reading = _native.read(some, [native_grads[i] for i in native], buffers)
-            _native.prox_sgd_(reading, some, buffers, h, first)
-        if momenta is not None and native_momenta is not None:
-            for i in relaid:
-                if native_momenta[i] is not momenta[i]:
-                    momenta[i].copy_(native_momenta[i])
+            some = laid.pick(native)
+            _native.prox_sgd_(some.read(), some.changed, h, bucket.first)
+        for stored, used in zip((bucket.momenta, bucket.masters), states, strict=True):
+            if stored is not None and used is not None:
+                for i in relaid:
+                    if used[i] is not stored[i]:
+                        stored[i].copy_(used[i])
         if pure:
-            _update_(
-                [params[i] for i in pure],
-                [grads[i] for i in pure],
-                pick(momenta, pure),
-                h,
-                first,
-            )
+            _update_(bucket.pick(pure), h)
+        if bucket.zeros is not None:
+            _count_zeros(bucket.params, bucket.zeros)
 
     return run
 
@@ -345,7 +486,9 @@ def _like(tensor: Tensor, model: Tensor) -> Tensor:
     return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
 
 
-def check_triple(param: Tensor, grad: Tensor, momentum: Tensor | None, name: str) -> None:
+def check_operands(
+    param: Tensor, grad: Tensor, momentum: Tensor | None, master: Tensor | None, name: str
+) -> None:
     """Refuses what no backend can update.
 
     Raises:
@@ -381,33 +524,32 @@ def check_triple(param: Tensor, grad: Tensor, momentum: Tensor | None, name: str
             f"on {param.device}"
         )
     if momentum is not None:
-        check_momentum(param, momentum, name)
+        check_state(param, momentum, "momentum_buffer", name)
+    if master is not None:
+        check_state(param, master, "master_weight", name)
 
 
-def check_momentum(param: Tensor, momentum: Any, name: str) -> None:
-    """Refuses a momentum buffer that isn't the parameter's.
+def check_state(param: Tensor, value: Any, key: str, name: str) -> None:
+    """Refuses a state tensor that isn't the parameter's.
 
     Raises:
-        ValueError: names the parameter and what is wrong with the buffer.
+        ValueError: names the parameter, the state's key and what is wrong with it.
     """
-    if not isinstance(momentum, Tensor):
-        raise ValueError(f"{name}: momentum_buffer is {momentum!r}: must be a tensor")
-    if momentum.is_neg():
-        raise ValueError(f"{name}: momentum_buffer is a lazily negated view: call resolve_neg()")
-    if momentum.shape != param.shape:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: {key} is {value!r}: must be a tensor")
+    if value.is_neg():
+        raise ValueError(f"{name}: {key} is a lazily negated view: call resolve_neg()")
+    if value.shape != param.shape:
         raise ValueError(
-            f"{name}: momentum_buffer's shape is {tuple(momentum.shape)}: must be the "
-            f"parameter's, {tuple(param.shape)}"
+            f"{name}: {key}'s shape is {tuple(value.shape)}: must be the parameter's, "
+            f"{tuple(param.shape)}"
         )
-    if momentum.device != param.device:
+    if value.device != param.device:
         raise ValueError(
-            f"{name}: momentum_buffer is on {momentum.device}: must be where the parameter is, "
-            f"on {param.device}"
+            f"{name}: {key} is on {value.device}: must be where the parameter is, on {param.device}"
         )
-    if not momentum.is_floating_point():
-        raise ValueError(
-            f"{name}: momentum_buffer's dtype is {momentum.dtype}: must be floating-point"
-        )
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: {key}'s dtype is {value.dtype}: must be floating-point")
 
 
 _COMPUTE_DTYPE = {
@@ -417,30 +559,75 @@ _COMPUTE_DTYPE = {
     torch.float64: torch.float64,
 }
 
+# Elements that the pure update works on at a time on a CPU, so that what one operation leaves is
+# still in the cache when the next one reads it (bench/NOTES.md).
+_BATCH = 1 << 16
+
 
 @torch.no_grad()
-def _update_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momenta: list[Tensor] | None,
-    h: Hyperparameters,
-    first: bool,
-) -> None:
+def _update_(bucket: Bucket, h: Hyperparameters) -> None:
     """The update in pure PyTorch."""
-    for dtype in (torch.float32, torch.float64):
-        chosen = [i for i, p in enumerate(params) if _COMPUTE_DTYPE[p.dtype] is dtype]
-        if not chosen:
-            continue
+    for batch in _batches(bucket):
+        params, grads, momenta, masters, first, _ = batch
         # What is stored in another type is widened, and rounded once when it is stored again.
-        stored = [params[i] for i in chosen]
-        p = [t.to(dtype) for t in stored]
-        g = [grads[i].to(dtype) for i in chosen]
-        stored_m = [momenta[i] for i in chosen] if momenta is not None else []
-        m = [t.to(dtype) for t in stored_m]
-        _update_in_(dtype, p, g, m, h, first)
-        for to, value in zip(stored + stored_m, p + m, strict=True):
-            if to is not value:
-                to.copy_(value)
+        weights = params if masters is None else masters
+        dtype = _COMPUTE_DTYPE[weights[0].dtype]
+        p = [t.to(dtype) for t in weights]
+        m = [t.to(dtype) for t in momenta or ()]
+        _update_in_(dtype, p, [t.to(dtype) for t in grads], m, h, first)
+        targets = [(weights, p), (momenta or (), m)] + ([(params, p)] if masters else [])
+        for stored, values in targets:
+            for to, value in zip(stored, values, strict=True):
+                if to is not value:
+                    to.copy_(value)
+    if bucket.zeros is not None:
+        _count_zeros(bucket.params, bucket.zeros)
+
+
+def _batches(bucket: Bucket) -> Iterator[Bucket]:
+    """Cuts a bucket into ones of one compute type and, on a CPU, of at most _BATCH elements."""
+    batches: dict[torch.dtype, list[tuple[Tensor | None, ...]]] = {}
+    sizes: dict[torch.dtype, int] = {}
+
+    def emit(rows: list[tuple[Tensor | None, ...]]) -> Bucket:
+        columns: list[Any] = [
+            None if column[0] is None else list(column) for column in zip(*rows, strict=True)
+        ]
+        params, grads, momenta, masters = columns
+        return Bucket(params, grads, momenta, masters, bucket.first)
+
+    for i, param in enumerate(bucket.params):
+        dtype = _COMPUTE_DTYPE[param.dtype]
+        for row in _pieces(bucket.of(i)):
+            size = row[0].numel() if param.device.type == "cpu" else 0
+            if batches.get(dtype) and sizes[dtype] + size > _BATCH:
+                yield emit(batches.pop(dtype))
+            if dtype not in batches:
+                batches[dtype], sizes[dtype] = [], 0
+            batches[dtype].append(row)
+            sizes[dtype] += size
+    for rows in batches.values():
+        yield emit(rows)
+
+
+def _pieces(row: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> Iterable[Any]:
+    """A parameter with its tensors, cut to batches where it is larger and laid out for that."""
+    param = row[0]
+    if param.device.type != "cpu" or param.numel() <= _BATCH:
+        return (row,)
+    tensors = [t for t in row if t is not None]
+    if all(t.is_contiguous() for t in tensors):
+        flat = [None if t is None else t.detach().view(-1) for t in row]
+    elif param.dim() == 4 and all(
+        t.is_contiguous(memory_format=torch.channels_last) for t in tensors
+    ):
+        flat = [None if t is None else t.detach().permute(0, 2, 3, 1).view(-1) for t in row]
+    else:
+        return (row,)
+    count = -(-param.numel() // _BATCH)
+    return zip(
+        *([None] * count if t is None else torch.split(t, _BATCH) for t in flat), strict=True
+    )
 
 
 def _update_in_(
@@ -454,7 +641,11 @@ def _update_in_(
     """The update on tensors of the compute type. ``add(alpha=)`` rounds once: it is an fma."""
     k = h.gain
     threshold = _rounded(h.lr * (h.l1 * k), dtype)
+    factor = _rounded(_rounded(1 / h.grad_scale, dtype) * h.grad_coefficient, dtype)
+    frozen = [t == 0 for t in p] if h.frozen_zeros else []
     d = torch._foreach_neg(g) if h.maximize else g
+    if factor != 1:
+        d = torch._foreach_mul(d, factor)
     if h.weight_decay != 0 and not h.proximal:
         d = torch._foreach_add(d, p, alpha=h.weight_decay)
     s = d
@@ -472,6 +663,12 @@ def _update_in_(
         torch._foreach_sub_(p, inside)
     if h.weight_decay != 0 and h.proximal:
         torch._foreach_mul_(p, 1 / (1 + h.lr * (h.weight_decay * k)))
+    for values, zero in zip(p, frozen, strict=False):
+        values.masked_fill_(zero, 0)
+
+
+def _count_zeros(params: Sequence[Tensor], counters: Tensor) -> None:
+    torch.stack([(p == 0).sum() for p in params], out=counters)
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

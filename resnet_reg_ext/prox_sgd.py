@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _native
-from .functional import check_momentum, hyperparameters, prepare_prox_sgd
+from .functional import (
+    Bucket,
+    DeviceValues,
+    check_state,
+    hyperparameters,
+    prepare_prox_sgd,
+)
+from .sparsity import Sparsity, sparsity
 
 _Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -60,6 +67,17 @@ class ProxSGD(Optimizer):
         fused: None takes the native kernel, one pass over memory, for every tensor that it can take
             and pure PyTorch for the others; True raises where it can't; False always takes pure
             PyTorch (default: None). The bits are the same.
+        capturable: the step may be captured in a CUDA graph: an ``lr`` or ``l1`` that is a CUDA
+            tensor is then followed by the graph, and what would need the host to wait raises
+            (default: False).
+        master_weights: keep a float32 copy of bfloat16 and float16 parameters, on which the update
+            is made; the parameter is what it rounds to. Without it a bfloat16 weight stays where it
+            is if a step is less than 1/512 of it (default: False).
+        momentum_dtype: the dtype of the momentum buffers: None is the parameter's, or float32 with
+            master weights; ``torch.bfloat16`` with float32 parameters saves 4 of the 20 bytes an
+            element that a step moves (default: None).
+        track_sparsity: count exact zeros in the step's own pass; see :meth:`sparsity` (default:
+            False).
 
     Raises:
         ValueError: an option or a tensor can't be used; it is named with its value, and nothing has
@@ -73,7 +91,12 @@ class ProxSGD(Optimizer):
 
     The parameter's dtype may be float32, float64, bfloat16 or float16. Each stored value is rounded
     once. NaN and infinity are passed on, never turned into zeros. State: ``momentum_buffer``, where
-    momentum is not 0.
+    momentum is not 0, and ``master_weight``, where there is one.
+
+    With a ``torch.amp.GradScaler``, the scaler unscales the gradients and skips steps as it does
+    for any optimizer. With ``fused=True`` or ``capturable=True`` both happen inside the step: it
+    multiplies by the scale's reciprocal on the way, which leaves ``p.grad`` as it is, scaled, and
+    changes nothing if an infinity was found.
 
     References:
         Combettes and Wajs, *Signal recovery by proximal forward-backward splitting*, 2005, eq. 3.6;
@@ -95,6 +118,10 @@ class ProxSGD(Optimizer):
         l2_mode: str = "coupled",
         maximize: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
+        master_weights: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+        track_sparsity: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -106,8 +133,13 @@ class ProxSGD(Optimizer):
             "l2_mode": l2_mode,
             "maximize": maximize,
             "fused": fused,
+            "frozen_zeros": False,
+            "capturable": capturable,
+            "master_weights": master_weights,
+            "momentum_dtype": momentum_dtype,
+            "track_sparsity": track_sparsity,
         }
-        hyperparameters(defaults, "ProxSGD: ")
+        _check(defaults, "ProxSGD: ")
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -118,7 +150,7 @@ class ProxSGD(Optimizer):
         """
         index = len(self.param_groups)
         group = {**self.defaults, **param_group}
-        hyperparameters(group, f"ProxSGD: param_groups[{index}]: ")
+        _check(group, f"ProxSGD: param_groups[{index}]: ")
         if group["fused"] and not _native.available():
             raise RuntimeError(f"ProxSGD: fused=True, but {_native.missing}")
         param_group = _with_names_apart(param_group)
@@ -133,40 +165,115 @@ class ProxSGD(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickle or, at the end of ``load_state_dict``, a checkpoint.
 
-        A checkpoint of ``torch.optim.SGD`` has no ``l1`` and no ``l2_mode``: the live group's stay,
-        as ``fused`` always does.
+        What a checkpoint of ``torch.optim.SGD`` lacks, as ``l1``, stays the live group's, as do
+        always the options that say how to compute and not what: ``fused`` and the like.
         """
         live: list[dict[str, Any]] = self.__dict__.get("param_groups", [])
-        defaults = state.get("defaults") or self.__dict__.get("defaults", {})
+        defaults = {**_FORMER_DEFAULTS, **(state.get("defaults") or self.__dict__["defaults"])}
+        if "defaults" in state:
+            state = {**state, "defaults": defaults}
         for index, group in enumerate(state["param_groups"]):
             kept = live[index] if index < len(live) else defaults
             for key, value in defaults.items():
                 group.setdefault(key, kept.get(key, value))
             if live:
-                group["fused"] = kept["fused"]
+                for key in _HOW_TO_COMPUTE:
+                    group[key] = kept[key]
                 if "param_names" in kept:
                     group.setdefault("param_names", kept["param_names"])
-            where = f"ProxSGD: param_groups[{index}]: "
-            hyperparameters(group, where)
+            _check(group, f"ProxSGD: param_groups[{index}]: ")
             for i, param in enumerate(group["params"]):
-                buffer = state["state"].get(param, {}).get("momentum_buffer")
-                if buffer is not None:
-                    check_momentum(param, buffer, _name(group, index, i))
+                of_param = state["state"].get(param, {})
+                for key, value in of_param.items():
+                    if key in _STATE_KEYS and value is not None:
+                        check_state(param, value, key, _name(group, index, i))
         super().__setstate__(state)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of a ``ProxSGD`` or a ``torch.optim.SGD``.
+
+        Momentum buffers and master weights get the dtype that the live group's options say, and
+        keep their bits where they are saved in it; torch's own loading would cast them to the
+        parameter's dtype first.
+
+        Raises:
+            ValueError: the checkpoint is of another model, or an option in it is out of its range.
+        """
+        loaded: list[dict[str, Any]] = []
+        # Registered last, so that it sees what other hooks have made of the checkpoint.
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        (final,) = loaded
+        saved_ids = [i for group in final["param_groups"] for i in group["params"]]
+        params = [(group, p) for group in self.param_groups for p in group["params"]]
+        for (group, param), saved_id in zip(params, saved_ids, strict=True):
+            state = self.state.get(param, {})
+            for key, dtype in (
+                ("momentum_buffer", _momentum_dtype(group, param)),
+                ("master_weight", torch.float32),
+            ):
+                if state.get(key) is not None and state[key].dtype is not dtype:
+                    state[key] = final["state"][saved_id][key].to(param.device, dtype, copy=True)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling, and skipping the step, to the step."""
+        return any(group["fused"] or group["capturable"] for group in self.param_groups)
+
+    def freeze_zeros(self, freeze: bool = True) -> None:
+        """Keeps what is zero at zero and stops the shrinkage, for a final phase of training.
+
+        The weights that L1 has left are trained on without its bias: their magnitudes are no longer
+        reduced by it, and the zeros stay. (Known as debiasing or refitting on the support.) Applies
+        to the groups whose ``l1`` is not 0; it sets their option ``frozen_zeros``, which a
+        checkpoint holds, and leaves ``l1`` as it is.
+
+        Args:
+            freeze: False ends it.
+        """
+        for group in self.param_groups:
+            l1 = group["l1"]
+            if not freeze or isinstance(l1, Tensor) or l1 != 0:
+                group["frozen_zeros"] = freeze
+
+    def sparsity(self) -> Sparsity:
+        """Exact zeros, parameter by parameter, as :func:`resnet_reg_ext.sparsity` counts them.
+
+        With ``track_sparsity=True`` they were counted in the last step and need no reading of the
+        parameters; those that were changed in another way since then, in a way that autograd
+        notices, are counted anew.
+        """
+        return sparsity(self)
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(
+        self, closure: None = None, *, grad_coefficient: float | Tensor | None = None
+    ) -> None: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    @overload
+    def step(
+        self, closure: Callable[[], float], *, grad_coefficient: float | Tensor | None = None
+    ) -> float: ...
+
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_coefficient: float | Tensor | None = None,
+    ) -> float | None:
         """Performs one step on every parameter that has a gradient.
 
         Everything is checked before anything is changed.
 
         Args:
             closure: evaluates the model again and returns the loss.
+            grad_coefficient: the step takes the gradients times this number, or one-element tensor;
+                in float32. Clips without a pass over the gradients to scale them, which stay as
+                they are: ``norm = torch.nn.utils.get_total_norm(grads)``, then
+                ``step(grad_coefficient=(max_norm / (norm + 1e-6)).clamp(max=1.0))``.
 
         Returns:
             What the closure returned, or None without one.
@@ -180,39 +287,121 @@ class ProxSGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        runs = []
-        created: list[tuple[Tensor, Tensor]] = []
+        scaling = self._scaling(grad_coefficient)
+        runs: list[Callable[[], None]] = []
+        created: list[tuple[Tensor, str, Tensor]] = []
+        counted: list[_Counted] = []
         states = _StatesInOrder(self.state)
         for index, group in enumerate(self.param_groups):
-            h = hyperparameters(group, f"ProxSGD: param_groups[{index}]: ")
-            for bucket in _buckets(group["params"], states if h.momentum != 0 else None):
-                runs.append(
-                    prepare_prox_sgd(
-                        bucket.params,
-                        bucket.grads,
-                        bucket.momenta,
-                        h,
-                        bucket.first,
-                        group["fused"],
-                        partial(_name_of, group, index, bucket.params),
-                    )
+            on_device: dict[str, Tensor] = {}
+            h = hyperparameters(group, f"ProxSGD: param_groups[{index}]: ", on_device)
+            values = scaling
+            if on_device:
+                values = (scaling or DeviceValues())._replace(**on_device)
+            for bucket, new in _buckets(group, h.momentum != 0, states):
+                if bucket.params[0].is_cuda and not group["capturable"]:
+                    self._cuda_graph_capture_health_check()
+                run = prepare_prox_sgd(
+                    bucket,
+                    h,
+                    group["fused"],
+                    partial(_name_of, group, index, bucket.params),
+                    values,
                 )
-                if bucket.first and bucket.momenta is not None:
-                    created += zip(bucket.params, bucket.momenta, strict=True)
+                if run is None:
+                    continue
+                runs.append(run)
+                created += new
+                if bucket.zeros is not None:
+                    found_inf = None if values is None else values.found_inf
+                    counted.append(_Counted(bucket.params, bucket.zeros, found_inf))
         for run in runs:
             run()
-        for param, buffer in created:
-            self.state[param]["momentum_buffer"] = buffer
+        for param, key, value in created:
+            self.state[param][key] = value
+        if counted:
+            self._counted = [c.with_versions() for c in counted]
         return loss
 
+    def _scaling(self, grad_coefficient: float | Tensor | None) -> DeviceValues | None:
+        """What a GradScaler and the caller say of the gradients; None if nothing."""
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if grad_coefficient is not None and not isinstance(grad_coefficient, Tensor):
+            grad_coefficient = torch.tensor(float(grad_coefficient))
+        if grad_coefficient is not None and grad_coefficient.numel() != 1:
+            raise ValueError(
+                f"ProxSGD: grad_coefficient is a tensor of shape {tuple(grad_coefficient.shape)}: "
+                "must be a number"
+            )
+        if grad_scale is None and found_inf is None and grad_coefficient is None:
+            return None
+        return DeviceValues(
+            grad_scale=grad_scale, grad_coefficient=grad_coefficient, found_inf=found_inf
+        )
 
-class _Bucket(NamedTuple):
-    """Parameters of one group that are all, or all not, at their first step."""
+    def _zeros_known(self) -> dict[Tensor, Tensor]:
+        """What the last step counted, for the parameters that are still as it left them."""
+        counted: list[_Counted] = self.__dict__.get("_counted", [])
+        return {p: zeros for c in counted for p, zeros in c.unchanged()}
+
+
+# Options that say how to compute: a checkpoint doesn't change them.
+_HOW_TO_COMPUTE = ("fused", "capturable", "master_weights", "momentum_dtype", "track_sparsity")
+# For pickles of optimizers that didn't know these options.
+_FORMER_DEFAULTS: dict[str, Any] = {
+    "frozen_zeros": False,
+    "capturable": False,
+    "master_weights": False,
+    "momentum_dtype": None,
+    "track_sparsity": False,
+}
+_STATE_KEYS = ("momentum_buffer", "master_weight")
+_MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16)
+
+
+def _check(group: dict[str, Any], where: str) -> None:
+    """Checks the options that :func:`hyperparameters` checks, and those of the state."""
+    hyperparameters(group, where)
+    if group["momentum_dtype"] not in _MOMENTUM_DTYPES:
+        raise ValueError(
+            f"{where}momentum_dtype is {group['momentum_dtype']!r}: must be None, torch.float32 or "
+            "torch.bfloat16"
+        )
+
+
+def _momentum_dtype(group: dict[str, Any], param: Tensor) -> torch.dtype:
+    """What a parameter's momentum buffer is stored in."""
+    dtype: torch.dtype | None = group["momentum_dtype"]
+    if dtype is None or param.dtype is torch.float64:
+        has_master = group["master_weights"] and param.dtype in _SIXTEEN_BITS
+        return torch.float32 if has_master else param.dtype
+    return dtype
+
+
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+class _Counted(NamedTuple):
+    """Zeros that a step has counted."""
 
     params: list[Tensor]
-    grads: list[Tensor]
-    momenta: list[Tensor] | None
-    first: bool
+    zeros: Tensor
+    found_inf: Tensor | None
+    versions: tuple[int, ...] = ()
+
+    def with_versions(self) -> _Counted:
+        return self._replace(versions=tuple(p._version for p in self.params))
+
+    def unchanged(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that are as the step left them, with their zeros."""
+        if self.found_inf is not None and self.found_inf.item() != 0:
+            return []  # the kernel skipped the step, counting included
+        return [
+            (p, zeros)
+            for p, zeros, version in zip(self.params, self.zeros, self.versions, strict=True)
+            if p._version == version
+        ]
 
 
 class _StatesInOrder:
@@ -242,31 +431,86 @@ class _StatesInOrder:
 _NO_STATE: dict[str, Any] = {}
 
 
-def _buckets(params: list[Tensor], states: _StatesInOrder | None) -> list[_Bucket]:
-    """The parameters that have a gradient, those at their first step apart.
+_New = list[tuple[Tensor, str, Tensor]]
 
-    Without ``states`` there is no momentum and no first step.
+
+def _buckets(
+    group: dict[str, Any], with_momentum: bool, states: _StatesInOrder
+) -> list[tuple[Bucket, _New]]:
+    """The parameters of a group that have a gradient, those at their first step apart.
+
+    With each bucket, the state that was created for it: (parameter, key, value).
     """
+    params: list[Tensor] = group["params"]
     grads: list[Any] = [p.grad for p in params]
     if NoneType in set(map(type, grads)):
         params = [p for p, g in zip(params, grads, strict=True) if g is not None]
         grads = [g for g in grads if g is not None]
     if not params:
         return []
-    if states is None:
-        return [_Bucket(params, grads, None, False)]
-    momenta: list[Any] = [state.get("momentum_buffer") for state in states.of(params)]
-    if NoneType not in set(map(type, momenta)):
-        return [_Bucket(params, grads, momenta, False)]
-    old = [i for i, m in enumerate(momenta) if m is not None]
-    new = [i for i, m in enumerate(momenta) if m is None]
-    for i in new:
-        momenta[i] = torch.empty_like(params[i], requires_grad=False)
-    return [
-        _Bucket([params[i] for i in s], [grads[i] for i in s], [momenta[i] for i in s], first)
-        for s, first in ((old, False), (new, True))
-        if s
-    ]
+    has_masters, tracks = group["master_weights"], group["track_sparsity"]
+    if not with_momentum and not has_masters:
+        return _tracked([(Bucket(params, grads, None, None, False), [])], tracks)
+    in_order = states.of(params)
+    momenta: list[Any] | None = None
+    if with_momentum:
+        momenta = [state.get("momentum_buffer") for state in in_order]
+        if NoneType not in set(map(type, momenta)) and not has_masters:
+            return _tracked([(Bucket(params, grads, momenta, None, False), [])], tracks)
+
+    # Created in the order of the parameters, which _StatesInOrder makes use of later.
+    masters: list[Any] = [None] * len(params)
+    new: _New = []
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for i, param in enumerate(params):
+        first = momenta is not None and momenta[i] is None
+        if momenta is not None and first:
+            momenta[i] = torch.empty_like(
+                param, dtype=_momentum_dtype(group, param), requires_grad=False
+            )
+            new.append((param, "momentum_buffer", momenta[i]))
+        master = has_masters and param.dtype in _SIXTEEN_BITS
+        if master:
+            masters[i] = in_order[i].get("master_weight")
+            if masters[i] is None:
+                masters[i] = param.detach().to(torch.float32)
+                new.append((param, "master_weight", masters[i]))
+        kinds.setdefault((first, master), []).append(i)
+    buckets = []
+    for (first, master), members in kinds.items():
+        chosen = set(map(id, (params[i] for i in members)))
+        buckets.append(
+            (
+                Bucket(
+                    [params[i] for i in members],
+                    [grads[i] for i in members],
+                    None if momenta is None else [momenta[i] for i in members],
+                    [masters[i] for i in members] if master else None,
+                    first,
+                ),
+                [row for row in new if id(row[0]) in chosen],
+            )
+        )
+    return _tracked(buckets, tracks)
+
+
+def _tracked(buckets: list[tuple[Bucket, _New]], tracks: bool) -> list[tuple[Bucket, _New]]:
+    """Gives buckets counters if zeros are counted; each is on one device then."""
+    if not tracks:
+        return buckets
+    tracked = []
+    for bucket, new in buckets:
+        devices: dict[torch.device, list[int]] = {}
+        for i, param in enumerate(bucket.params):
+            devices.setdefault(param.device, []).append(i)
+        for device, members in devices.items():
+            part = bucket if len(devices) == 1 else bucket.pick(members)
+            zeros = torch.zeros(len(members), dtype=torch.int64, device=device)
+            chosen = set(map(id, part.params))
+            tracked.append(
+                (part._replace(zeros=zeros), [row for row in new if id(row[0]) in chosen])
+            )
+    return tracked
 
 
 def _name_of(group: dict[str, Any], group_index: int, bucket: list[Tensor], index: int) -> str:

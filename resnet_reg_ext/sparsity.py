@@ -83,7 +83,8 @@ class Sparsity:
 def sparsity(source: nn.Module | Optimizer) -> Sparsity:
     """Counts the exact zeros of a model's or an optimizer's parameters.
 
-    Reads every parameter once; +0 and -0 both count. Shared parameters are counted once.
+    Reads every parameter once, but for those that a ``ProxSGD`` with ``track_sparsity`` has counted
+    in its last step; +0 and -0 both count. Shared parameters are counted once.
 
     Args:
         source: a module, or an optimizer, whose groups' ``l1`` is then known too.
@@ -94,12 +95,13 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
     named = list(_parameters(source))
     with torch.no_grad():
         # One transfer for all counts, not one for each.
-        counts = [p.detach().count_nonzero() for _, p, _ in named]
-        nonzero = torch.stack([c.cpu() for c in counts]).tolist() if counts else []
+        known: dict[Tensor, Tensor] = getattr(source, "_zeros_known", dict)()
+        counts = [known[p] if p in known else (p.detach() == 0).sum() for _, p, _ in named]
+        zeros = torch.stack([c.cpu() for c in counts]).tolist() if counts else []
     return Sparsity(
         tuple(
-            LayerSparsity(name, p.numel() - n, p.numel(), l1)
-            for (name, p, l1), n in zip(named, nonzero, strict=True)
+            LayerSparsity(name, n, p.numel(), l1)
+            for (name, p, l1), n in zip(named, zeros, strict=True)
         )
     )
 

@@ -46,21 +46,16 @@ def runtime():
     _native.use_exchange_api(exchange_api)
 
 
-class MutationScore:
-    """How many planted bugs the checks of the CUDA kernels have caught."""
-
-    planted = 0
-    caught = 0
-
-
-_score = MutationScore()
-
-
-@pytest.fixture
-def mutation_score():
-    return _score
-
-
 def pytest_terminal_summary(terminalreporter):
-    if _score.planted:
-        terminalreporter.write_line(f"planted bugs caught: {_score.caught} of {_score.planted}")
+    """How many of the bugs planted in the CUDA kernels and their plan were caught."""
+    reports = {
+        outcome: [
+            report
+            for report in terminalreporter.stats.get(outcome, [])
+            if "test_a_planted_bug_is_caught" in report.nodeid
+        ]
+        for outcome in ("passed", "failed")
+    }
+    planted = sum(map(len, reports.values()))
+    if planted:
+        terminalreporter.write_line(f"planted bugs caught: {len(reports['passed'])} of {planted}")

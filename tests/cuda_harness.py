@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ptx
@@ -17,8 +17,33 @@ import reference
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-lineinfo")  # test_ptx_kernels checks: the build's
 UNITS_PER_BLOCK = 1024
+
+
+class Kind(NamedTuple):
+    """What the tensors of a kernel are stored in, and the elements of one of its units."""
+
+    param: str
+    momentum: str
+    master: bool
+    unit: int
+
+    @property
+    def weight(self) -> str:
+        return "float32" if self.master else self.param
+
+
+KINDS = {
+    "float32": Kind("float32", "float32", False, 4),
+    "float64": Kind("float64", "float64", False, 2),
+    "float16": Kind("float16", "float16", False, 8),
+    "bfloat16": Kind("bfloat16", "bfloat16", False, 8),
+    "float32_momentum_bfloat16": Kind("float32", "bfloat16", False, 4),
+    "bfloat16_master": Kind("bfloat16", "float32", True, 4),
+    "bfloat16_master_momentum_bfloat16": Kind("bfloat16", "bfloat16", True, 4),
+    "float16_master": Kind("float16", "float32", True, 4),
+}
 STORAGE = {"float32": np.uint32, "float64": np.uint64, "float16": np.uint16, "bfloat16": np.uint16}
-VECTOR = {"float32": 4, "float64": 2, "float16": 8, "bfloat16": 8}
+VECTOR = {name: kind.unit for name, kind in KINDS.items()}
 
 DEFAULTS = {
     "lr": 0.0,
@@ -29,6 +54,9 @@ DEFAULTS = {
     "nesterov": False,
     "maximize": False,
     "l2_mode": "coupled",
+    "frozen_zeros": False,
+    "grad_scale": 1.0,
+    "grad_coefficient": 1.0,
 }
 OPTIONS = [
     {"lr": 0.1},
@@ -40,7 +68,11 @@ OPTIONS = [
     {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "l1": 0.06, "maximize": True},
     {"lr": 0.1, "momentum": 0.7, "l1": 0.1, "weight_decay": 0.5, "l2_mode": "proximal"},
     {"lr": 0.1, "momentum": 0.7, "nesterov": True, "l2_mode": "proximal", "weight_decay": 0.5},
+    {"lr": 0.1, "momentum": 0.9, "l1": 0.03, "frozen_zeros": True, "weight_decay": 0.1},
+    {"lr": 0.1, "momentum": 0.9, "l1": 0.03, "grad_scale": 48.0, "grad_coefficient": 0.3},
 ]
+# What the kernel may read in device memory when it runs, in the order of the plan's argument.
+VARYING = ("lr", "l1", "grad_scale", "grad_coefficient", "found_inf")
 
 
 def option_id(options: dict[str, Any]) -> str:
@@ -85,12 +117,16 @@ def draw(size: int, dtype: str, rng: np.random.Generator, threshold: float) -> n
 
 @dataclass
 class Tensor:
-    """A parameter with gradient and momentum, as storage; skews are in elements."""
+    """A parameter with gradient, momentum and master, as storage; skews are in elements.
+
+    The master's skew is the fourth, or the parameter's.
+    """
 
     p: np.ndarray
     g: np.ndarray
     m: np.ndarray
-    skews: tuple[int, int, int] = (0, 0, 0)
+    skews: tuple[int, ...] = (0, 0, 0)
+    w: np.ndarray | None = None
 
 
 def make_tensors(
@@ -102,16 +138,22 @@ def make_tensors(
 ) -> list[Tensor]:
     rng = np.random.default_rng(seed)
     cycle = itertools.cycle(skews or [(0, 0, 0)])
-    return [
-        Tensor(*(draw(n, dtype, rng, threshold) for _ in range(3)), skews=next(cycle))
-        for n in sizes
-    ]
+    kind = KINDS[dtype]
+    tensors = []
+    for n in sizes:
+        stored = [draw(n, d, rng, threshold) for d in (kind.param, kind.param, kind.momentum)]
+        master = draw(n, "float32", rng, threshold) if kind.master else None
+        tensors.append(Tensor(*stored, skews=next(cycle), w=master))
+    return tensors
 
 
 def signed_zeros(dtype: str) -> Tensor:
     """Every combination of +0, -0 and a number among parameter, gradient and momentum."""
     values = np.array(list(itertools.product((0.0, -0.0, 0.25), repeat=3)))
-    return Tensor(*(to_bits(values[:, i].copy(), dtype) for i in range(3)))
+    kind = KINDS[dtype]
+    stored = (kind.param, kind.param, kind.momentum)
+    columns = [to_bits(values[:, i].copy(), d) for i, d in enumerate(stored)]
+    return Tensor(*columns, w=to_bits(values[:, 0].copy(), "float32") if kind.master else None)
 
 
 # ---- plans and programs ------------------------------------------------------------------------
@@ -130,6 +172,9 @@ def plan_arguments(options: dict[str, Any], first: bool) -> tuple[Any, ...]:
         o["nesterov"],
         o["maximize"],
         o["l2_mode"] == "proximal",
+        o["frozen_zeros"],
+        o["grad_scale"],
+        o["grad_coefficient"],
         first,
     )
 
@@ -140,18 +185,27 @@ SHIM = r"""
 #include <exception>
 using namespace prox_sgd;
 static std::vector<cuda::Launch> launches;
-extern "C" long plan(int dtype, long count, Triple* triples, double lr, double momentum,
+extern "C" long plan(int kind, long count, uint64_t* rows, double lr, double momentum,
                      double dampening, double weight_decay, double l1, bool nesterov, bool maximize,
-                     bool proximal, bool first, long capacity) {
-  Options o{lr, momentum, dampening, weight_decay, l1, nesterov, maximize, proximal, first};
+                     bool proximal, bool frozen_zeros, float grad_scale, float grad_coefficient,
+                     bool first, uint64_t* device, long capacity) {
+  Options o{lr, momentum, dampening, weight_decay, l1, nesterov, maximize, proximal, frozen_zeros,
+            grad_scale, grad_coefficient, first};
+  cuda::DeviceValues values;
+  std::memcpy(&values, device, sizeof values);
+  std::vector<Operands> operands;
+  for (long i = 0; i < count; ++i, rows += 6) {
+    operands.push_back({(void*)rows[0], (const void*)rows[1], (void*)rows[2], (void*)rows[3],
+                        (int64_t)rows[5], (int64_t*)rows[4]});
+  }
   try {
-    launches = cuda::plan({triples, triples + count}, static_cast<DType>(dtype), o, capacity);
+    launches = cuda::plan(operands, static_cast<Kind>(kind), o, values, capacity);
   } catch (const std::exception&) {
     return -1;
   }
   return static_cast<long>(launches.size());
 }
-extern "C" const char* kernel(long i) { return launches[i].kernel; }
+extern "C" const char* kernel(long i) { return launches[i].kernel.c_str(); }
 extern "C" long grid(long i) { return launches[i].grid; }
 extern "C" long block(long i) { return launches[i].block; }
 extern "C" long bytes(long i) { return static_cast<long>(launches[i].parameters.size()); }
@@ -176,13 +230,25 @@ def compile_plan(csrc: Path, out: Path, defines: Sequence[str] = ()) -> Plan:
         ctypes.c_void_p,
         *[ctypes.c_double] * 5,
         *[ctypes.c_bool] * 4,
+        *[ctypes.c_float] * 2,
+        ctypes.c_bool,
+        ctypes.c_void_p,
         ctypes.c_long,
     ]
 
-    def plan(dtype: str, triples: Sequence[Sequence[int]], *arguments: Any, capacity: int = 0):
-        table = np.array(triples, np.uint64).reshape(-1, 4)
-        number = ("float32", "float64", "float16", "bfloat16").index(dtype)
-        count = code.plan(number, len(table), table.ctypes.data, *arguments, capacity)
+    def plan(
+        kind: str,
+        rows: Sequence[Sequence[int]],
+        *arguments: Any,
+        device: Sequence[int] = (0,) * 5,
+        capacity: int = 0,
+    ):
+        table = np.array(rows, np.uint64).reshape(-1, 6)
+        values = np.array(device, np.uint64)
+        number = list(KINDS).index(kind)
+        count = code.plan(
+            number, len(table), table.ctypes.data, *arguments, values.ctypes.data, capacity
+        )
         launches = []
         for i in range(count):
             parameters = ctypes.create_string_buffer(code.bytes(i))
@@ -219,6 +285,8 @@ class Outcome:
 
     params: list[np.ndarray]
     momenta: list[np.ndarray]
+    masters: list[np.ndarray] = field(default_factory=list)
+    zeros: list[int] = field(default_factory=list)
     results: list[ptx.Result] = field(default_factory=list)
     guards: list[str] = field(default_factory=list)
 
@@ -238,15 +306,24 @@ def execute(
     capacity: int = 0,
     races: bool = True,
     budget: int = 200_000,
+    count_zeros: bool = False,
+    on_device: dict[str, float] | None = None,
 ) -> Outcome:
-    """Lays the tensors out in an arena and runs every launch of their plan."""
+    """Lays the tensors out in an arena and runs every launch of their plan.
+
+    ``on_device``: values of VARYING that the kernel is to find in device memory; the plan is then
+    given others.
+    """
     arena = ptx.Arena()
-    width = STORAGE[dtype]().itemsize
+    kind = KINDS[dtype]
+    types = [STORAGE[d] for d in (kind.param, kind.param, kind.momentum)]
     with_momentum = options.get("momentum", 0.0) != 0
     places = []
     for i, t in enumerate(tensors):
-        sp, sg, sm = (s * width for s in t.skews)
-        p = arena.allocate(t.p.nbytes, skew=sp, name=f"param {i}", data=t.p.view(np.uint8))
+        sp, sg, sm = (s * d().itemsize for s, d in zip(t.skews[:3], types, strict=True))
+        # A parameter with a master is only written.
+        data = None if kind.master else t.p.view(np.uint8)
+        p = arena.allocate(t.p.nbytes, skew=sp, name=f"param {i}", data=data)
         g = arena.allocate(
             t.g.nbytes, skew=sg, name=f"grad {i}", data=t.g.view(np.uint8), writable=False
         )
@@ -254,12 +331,30 @@ def execute(
         if with_momentum:
             data = None if first else t.m.view(np.uint8)
             m = arena.allocate(t.m.nbytes, skew=sm, name=f"momentum {i}", data=data)
-        places.append((p, g, m))
-    triples = [
-        (p.address, g.address, m.address if m else 0, len(t.p))
-        for (p, g, m), t in zip(places, tensors, strict=True)
+        w = z = None
+        if kind.master:
+            data = t.w.view(np.uint8)
+            w = arena.allocate(
+                t.w.nbytes, skew=(*t.skews, t.skews[0])[3] * 4, name=f"master {i}", data=data
+            )
+        if count_zeros:
+            z = arena.allocate(8, name=f"zeros {i}", data=np.zeros(8, np.uint8))
+        places.append((p, g, m, w, z))
+    rows = [
+        (*(place.address if place else 0 for place in row), len(t.p))
+        for row, t in zip(places, tensors, strict=True)
     ]
-    launches = plan(dtype, triples, *plan_arguments(options, first), capacity=capacity)
+    given = dict(options)
+    device = [0] * len(VARYING)
+    for name, value in (on_device or {}).items():
+        data = np.array([value], np.float64 if name in ("lr", "l1") else np.float32)
+        device[VARYING.index(name)] = arena.allocate(
+            data.nbytes, name=name, data=data.view(np.uint8), writable=False
+        ).address
+        given[name] = 123.0
+    given.pop("found_inf", None)
+    arguments = plan_arguments(given, first)
+    launches = plan(dtype, rows, *arguments, device=device, capacity=capacity)
     outcome = Outcome([], [])
     for launch in launches:
         outcome.results.append(
@@ -275,36 +370,64 @@ def execute(
             )
         )
     outcome.guards = arena.check_guards()
-    storage = STORAGE[dtype]
-    for (p, _, m), t in zip(places, tensors, strict=True):
-        outcome.params.append(arena.read(p.address, t.p.nbytes).view(storage))
+    for (p, _, m, w, z), t in zip(places, tensors, strict=True):
+        outcome.params.append(arena.read(p.address, t.p.nbytes).view(types[0]))
         if m is not None:
-            outcome.momenta.append(arena.read(m.address, t.m.nbytes).view(storage))
+            outcome.momenta.append(arena.read(m.address, t.m.nbytes).view(types[2]))
+        if w is not None:
+            outcome.masters.append(arena.read(w.address, t.w.nbytes).view(np.uint32))
+        if z is not None:
+            outcome.zeros.append(int(arena.read(z.address, 8).view(np.int64)[0]))
     return outcome
 
 
 def expected(
     dtype: str, tensors: Sequence[Tensor], options: dict[str, Any], first: bool
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What the NumPy reference says."""
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """What the NumPy reference says: parameters, momentum buffers and masters."""
+    kind = KINDS[dtype]
     with_momentum = options.get("momentum", 0.0) != 0
-    params, momenta = [], []
+    params, momenta, masters = [], [], []
     for t in tensors:
-        m = to_values(t.m, dtype) if with_momentum and not first else None
-        p, m = reference.step(to_values(t.p, dtype), to_values(t.g, dtype), m, dtype, **options)
-        params.append(to_bits(p, dtype))
+        m = to_values(t.m, kind.momentum) if with_momentum and not first else None
+        p = to_values(t.w if kind.master else t.p, kind.weight)
+        g = to_values(t.g, kind.param)
+        p, m = reference.step(p, g, m, kind.weight, momentum_dtype=kind.momentum, **options)
+        params.append(to_bits(p, kind.param))
         if with_momentum:
-            momenta.append(to_bits(m, dtype))
-    return params, momenta
+            momenta.append(to_bits(m, kind.momentum))
+        if kind.master:
+            masters.append(to_bits(p, "float32"))
+    return params, momenta, masters
 
 
 def differences(actual: Sequence[np.ndarray], wanted: Sequence[np.ndarray], dtype: str) -> int:
-    """Elements whose bytes differ; a NaN equals every NaN."""
+    """Elements whose bytes differ; a NaN equals every NaN. ``dtype``: what they are stored in."""
     count = 0
     for a, b in zip(actual, wanted, strict=True):
         nan = np.isnan(to_values(a, dtype)) & np.isnan(to_values(b, dtype))
         count += int(np.count_nonzero((a != b) & ~nan))
     return count
+
+
+def differing(outcome: Outcome, wanted: tuple[list[np.ndarray], ...], dtype: str) -> dict[str, int]:
+    """Elements that differ, of parameters, momentum buffers and masters."""
+    kind = KINDS[dtype]
+    got = (outcome.params, outcome.momenta, outcome.masters)
+    return {
+        name: differences(a, b, stored)
+        for name, a, b, stored in zip(
+            ("params", "momenta", "masters"),
+            got,
+            wanted,
+            (kind.param, kind.momentum, "float32"),
+            strict=True,
+        )
+    }
+
+
+def zeros_in(params: Sequence[np.ndarray], dtype: str) -> list[int]:
+    return [int(np.count_nonzero(to_values(p, KINDS[dtype].param) == 0)) for p in params]
 
 
 def boundary_sizes(dtype: str) -> list[int]:

@@ -116,23 +116,33 @@ def step(
     l1=0.0,
     l2_mode="coupled",
     maximize=False,
+    frozen_zeros=False,
+    grad_scale=1.0,
+    grad_coefficient=1.0,
+    momentum_dtype=None,
 ):
-    """One step on arrays; ``m`` is None at the first step. Returns the new p and m."""
+    """One step on arrays; ``m`` is None at the first step. Returns the new p and m.
+
+    ``dtype`` is that of the weights: float32 where they are master weights.
+    """
     c = compute_type(dtype)
     fma = fma64 if c is np.float64 else fma32
     k = (1 - dampening) / (1 - momentum) if momentum != 0 else 1.0
     with np.errstate(all="ignore"):
-        threshold = c(lr * (l1 * k))
+        threshold = c(0 if frozen_zeros else lr * (l1 * k))
         scale = c(1 / (1 + lr * (weight_decay * k)))
         p, g = np.asarray(p, c), np.asarray(g, c)
         if maximize:
             g = -g
+        factor = c(1) / c(np.float32(grad_scale)) * c(np.float32(grad_coefficient))
+        if factor != 1:
+            g = g * factor
         d = fma(c(weight_decay), p, g) if weight_decay != 0 and l2_mode == "coupled" else g
         s = d
         if momentum != 0:
             m = d if m is None else fma(c(1 - dampening), d, c(momentum) * np.asarray(m, c))
             s = fma(c(momentum), m, d) if nesterov else m
-            m = rounded(m, dtype)
+            m = rounded(m, momentum_dtype or dtype)
         v = fma(c(-lr), s, p)
         if threshold != 0:
             within = np.where(np.isnan(v), v, c(0))
@@ -141,6 +151,8 @@ def step(
             )
         if l2_mode == "proximal" and weight_decay != 0:
             v = v * scale
+        if frozen_zeros:
+            v = np.where(p == 0, c(0), v)
         return rounded(v, dtype), m
 
 

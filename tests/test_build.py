@@ -25,7 +25,8 @@ spec.loader.exec_module(module)
 assert "torch" not in sys.modules
 assert module.build_info()["version"] and "baseline" in module.simd_levels()
 (launch,) = module.plan_prox_sgd_cuda(
-    "float32", [(4096, 8192, 12288, 5000)], 0.1, 0.9, 0.0, 0.0, 1e-3, False, False, False, False
+    "float32", [(4096, 8192, 12288, 0, 0, 5000)], 0.1, 0.9, 0.0, 0.0, 1e-3,
+    False, False, False, False, 1.0, 1.0, False
 )
 assert launch["grid"] == 2 and launch["block"] == 256, launch
 class Reads:  # what the reader needs of a tensor, without torch
@@ -40,7 +41,8 @@ def describe(t):
 reader = module.TensorReader(None, describe, lambda device: 0, Reads, Reads)
 reading = reader.read([tensors["p"]], [tensors["g"]], None)
 assert reading.misfits == [], reading.misfits
-module.prox_sgd_(reader, reading, 0.25, 0.0, 0.0, 0.0, 1.0, False, False, False, False, 2)
+module.prox_sgd_(reader, reading, 0.25, 0.0, 0.0, 0.0, 1.0,
+                 False, False, False, False, 1.0, 1.0, False, 2, {})
 assert list(store["p"]) == [0.5, -1.0, 0.0], list(store["p"])
 print("smoke test passed")
 """

@@ -211,7 +211,7 @@ def test_gradient_or_momentum_of_another_dtype(param_dtype, other_dtype, fused):
     prox_sgd_([p], [g], [m], **OPTIONS, fused=fused)
     assert_same(p, wide[0].to(param_dtype))
     assert_same(m, wide[1].to(other_dtype))
-    with pytest.raises(RuntimeError, match="differ in shape, dtype or device"):
+    with pytest.raises(RuntimeError, match="has another shape, device or dtype"):
         prox_sgd_([p], [g], [m], **OPTIONS, fused=True)
 
 

@@ -82,7 +82,7 @@ def test_other_biases():
         (["head.[0-1].weight", "conv.*"], {"conv.weight", "head.0.weight"}),
         (["bn.bias"], set()),
     ],
-    ids=str,
+    ids=["name", "layer", "leaf", "several", "unregularised anyway"],
 )
 def test_exclude(patterns, moved):
     before, _ = split(param_groups(Net()))

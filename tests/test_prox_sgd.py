@@ -542,6 +542,11 @@ def test_defaults_and_order_of_arguments():
         "l2_mode": "coupled",
         "maximize": False,
         "fused": None,
+        "frozen_zeros": False,
+        "capturable": False,
+        "master_weights": False,
+        "momentum_dtype": None,
+        "track_sparsity": False,
     }
     ours = ProxSGD([p], 0.1, 0.8, 0.0, 0.3, True).defaults  # as SGD's first five
     theirs = torch.optim.SGD([p], 0.1, 0.8, 0.0, 0.3, True).defaults

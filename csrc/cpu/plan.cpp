@@ -4,13 +4,13 @@
 
 namespace prox_sgd::cpu {
 
-Plan::Plan(const std::vector<Triple>& triples, int threads) {
-  starts_.reserve(triples.size());
-  sizes_.reserve(triples.size());
-  for (const Triple& triple : triples) {
+Plan::Plan(const std::vector<Operands>& operands, int threads) {
+  starts_.reserve(operands.size());
+  sizes_.reserve(operands.size());
+  for (const Operands& o : operands) {
     starts_.push_back(total_);
-    sizes_.push_back(triple.numel);
-    total_ += (triple.numel + kLine - 1) / kLine * kLine;
+    sizes_.push_back(o.numel);
+    total_ += (o.numel + kLine - 1) / kLine * kLine;
   }
   // Large chunks keep the memory streams long; some for each thread let a delayed one be helped.
   const int64_t share = total_ / (4 * std::max(threads, 1)) / kLine * kLine;

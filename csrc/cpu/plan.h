@@ -18,7 +18,7 @@ class Plan {
   static constexpr int64_t kLeastChunk = 128 * kLine;
   static constexpr int64_t kMostChunk = 2048 * kLine;
 
-  Plan(const std::vector<Triple>& triples, int threads);
+  Plan(const std::vector<Operands>& operands, int threads);
 
   int64_t chunks() const { return (total_ + chunk_ - 1) / chunk_; }
 

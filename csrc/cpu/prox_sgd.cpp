@@ -1,6 +1,7 @@
 // Runs the plan on threads.
 #include "../prox_sgd.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "../prox_sgd_math.h"
@@ -15,23 +16,28 @@
 namespace prox_sgd::cpu {
 namespace {
 
-Kernel kernel_at(Simd level, DType dtype, Momentum mode) {
+Kernel kernel_at(Simd level, Kind kind, Momentum mode, bool extras) {
 #if defined(PROX_SGD_HAS_AVX2)
-  if (level == Simd::avx2) return avx2::kernel(dtype, mode);
+  if (level == Simd::avx2) return avx2::kernel(kind, mode, extras);
 #endif
   (void)level;
-  return baseline::kernel(dtype, mode);
+  return baseline::kernel(kind, mode, extras);
 }
 
 template <typename C>
-void run(const std::vector<Triple>& triples, DType dtype, const Options& options, Simd level,
+void run(const std::vector<Operands>& operands, Kind kind, const Options& options, Simd level,
          int threads) {
   const Coefficients<C> c = coefficients<C>(options);
-  const Kernel kernel = kernel_at(level, dtype, c.mode);
-  const Plan plan(triples, threads);
+  const bool counts = std::any_of(operands.begin(), operands.end(),
+                                  [](const Operands& o) { return o.zeros != nullptr; });
+  const bool extras = counts || c.frozen_zeros != 0 || c.grad_factor != C(1);
+  const Kernel kernel = kernel_at(level, kind, c.mode, extras);
+  const Plan plan(operands, threads);
   const auto run_chunk = [&](int64_t chunk) {
     plan.visit(chunk, [&](const Plan::Piece& piece) {
-      kernel(triples[piece.tensor], &c, piece.begin, piece.end);
+      const Operands& o = operands[piece.tensor];
+      const int64_t zeros = kernel(o, &c, piece.begin, piece.end);
+      if (o.zeros != nullptr) __atomic_fetch_add(o.zeros, zeros, __ATOMIC_RELAXED);
     });
   };
   if (threads > plan.chunks()) threads = static_cast<int>(plan.chunks());
@@ -61,12 +67,12 @@ bool simd_supported(Simd level) {
 #endif
 }
 
-void prox_sgd(const std::vector<Triple>& triples, DType dtype, const Options& options, Simd level,
+void prox_sgd(const std::vector<Operands>& operands, Kind kind, const Options& options, Simd level,
               int threads) {
-  if (dtype == DType::float64) {
-    run<double>(triples, dtype, options, level, threads);
+  if (kind == Kind::float64) {
+    run<double>(operands, kind, options, level, threads);
   } else {
-    run<float>(triples, dtype, options, level, threads);
+    run<float>(operands, kind, options, level, threads);
   }
 }
 

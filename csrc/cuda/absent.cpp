@@ -5,7 +5,7 @@
 
 namespace prox_sgd::cuda {
 
-void prox_sgd(const std::vector<Triple>&, DType, const Options&, int, void*) {
+void prox_sgd(const std::vector<Operands>&, Kind, const Options&, const DeviceValues&, int, void*) {
   throw std::runtime_error("ProxSGD: built without CUDA");
 }
 

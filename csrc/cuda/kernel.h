@@ -19,34 +19,35 @@ namespace prox_sgd::cuda {
 #endif
 
 constexpr int kThreads = 256;
-constexpr int kUnitBytes = 16;  // one vector access
 constexpr int kUnitsPerBlock = 4 * kThreads;
 
-// A tensor triple in the table. Tensors are laid end to end in units of 16 bytes; a tensor's last
-// unit may be partly filled. Empty tensors are left out.
+// A parameter in the table. Parameters are laid end to end in units of as many elements as 16 bytes
+// of their widest type hold; a parameter's last unit may be partly filled. Empty ones are left out.
 struct Entry {
-  void* param;
-  const void* grad;
-  void* momentum;
-  int64_t numel;
+  Operands operands;
   int64_t first_unit;
 };
 
 template <typename C>
 struct Parameters {
-  static constexpr int kCapacity = static_cast<int>(
-      (PROX_SGD_PARAMETER_BYTES - sizeof(Coefficients<C>) - 2 * sizeof(int64_t)) / sizeof(Entry));
+  static constexpr int kCapacity =
+      static_cast<int>((PROX_SGD_PARAMETER_BYTES - sizeof(Coefficients<C>) - sizeof(Varying) -
+                        sizeof(DeviceValues) - 3 * sizeof(int64_t)) /
+                       sizeof(Entry));
 
   Coefficients<C> coefficients;
-  int64_t units;  // of all entries together
-  int64_t count;  // entries in use
+  Varying varying;
+  DeviceValues values;
+  int64_t varies;  // whether device memory holds any value that coefficients depend on
+  int64_t units;   // of all entries together
+  int64_t count;   // entries in use
   Entry entries[kCapacity];
 };
 
 static_assert(sizeof(Parameters<float>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
 static_assert(sizeof(Parameters<double>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
 
-// The address by which the CUDA runtime knows the kernel for a dtype.
-const void* kernel_address(DType dtype);
+// The address by which the CUDA runtime knows the kernel for a kind.
+const void* kernel_address(Kind kind);
 
 }  // namespace prox_sgd::cuda

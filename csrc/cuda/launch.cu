@@ -67,7 +67,7 @@ std::string find_obstacle(int device) {
   try {
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, kernel_address(DType::float32)), "kernel");
+    check(cudaFuncGetAttributes(&attributes, kernel_address(Kind::float32)), "kernel");
   } catch (const std::exception& error) {
     cudaDeviceProp properties;
     std::string architecture;
@@ -83,16 +83,16 @@ std::string find_obstacle(int device) {
 
 }  // namespace
 
-void prox_sgd(const std::vector<Triple>& triples, DType dtype, const Options& options, int device,
-              void* stream) {
-  const std::vector<Launch> launches = plan(triples, dtype, options);
+void prox_sgd(const std::vector<Operands>& operands, Kind kind, const Options& options,
+              const DeviceValues& values, int device, void* stream) {
+  const std::vector<Launch> launches = plan(operands, kind, options, values);
   if (launches.empty()) return;
   const DeviceGuard guard(device);
   for (const Launch& launch : launches) {
     void* arguments[] = {const_cast<unsigned char*>(launch.parameters.data())};
-    check(cudaLaunchKernel(kernel_address(dtype), dim3(launch.grid), dim3(launch.block), arguments,
+    check(cudaLaunchKernel(kernel_address(kind), dim3(launch.grid), dim3(launch.block), arguments,
                            0, static_cast<cudaStream_t>(stream)),
-          launch.kernel);
+          launch.kernel.c_str());
   }
 }
 

@@ -11,40 +11,20 @@
 namespace prox_sgd::cuda {
 namespace {
 
-const char* kernel_name(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return "prox_sgd_float32";
-    case DType::float64:
-      return "prox_sgd_float64";
-    case DType::float16:
-      return "prox_sgd_float16";
-    default:
-      return "prox_sgd_bfloat16";
-  }
-}
-
-int64_t elements_per_unit(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return kUnitBytes / 4;
-    case DType::float64:
-      return kUnitBytes / 8;
-    default:
-      return kUnitBytes / 2;
-  }
-}
-
-template <typename C>
-std::vector<Launch> plan_in(const std::vector<Triple>& triples, DType dtype, const Options& options,
-                            int64_t capacity) {
-  constexpr int64_t kMost = Parameters<C>::kCapacity;
+template <typename T>
+std::vector<Launch> plan_for(const std::vector<Operands>& operands, Kind kind,
+                             const Options& options, const DeviceValues& values, int64_t capacity) {
+  using Table = Parameters<typename T::Compute>;
+  constexpr int64_t kMost = Table::kCapacity;
   capacity = capacity > 0 ? std::min(capacity, kMost) : kMost;
 
   std::vector<Launch> launches;
-  const auto table = std::make_unique<Parameters<C>>();
+  const auto table = std::make_unique<Table>();
   std::memset(static_cast<void*>(table.get()), 0, sizeof *table);
-  table->coefficients = coefficients<C>(options);
+  table->coefficients = coefficients<typename T::Compute>(options);
+  table->varying = varying(options);
+  table->values = values;
+  table->varies = values.lr || values.l1 || values.grad_scale || values.grad_coefficient;
 
   const auto flush = [&] {
     if (table->count == 0) return;
@@ -53,19 +33,18 @@ std::vector<Launch> plan_in(const std::vector<Triple>& triples, DType dtype, con
       throw std::length_error("ProxSGD: a bucket of tensors too large for one CUDA grid");
     }
     const auto* bytes = reinterpret_cast<const unsigned char*>(table.get());
-    launches.push_back({kernel_name(dtype), static_cast<uint32_t>(blocks), kThreads,
+    launches.push_back({std::string("prox_sgd_") + kKindNames[static_cast<int>(kind)],
+                        static_cast<uint32_t>(blocks), kThreads,
                         std::vector<unsigned char>(bytes, bytes + sizeof *table)});
     table->units = 0;
     table->count = 0;
   };
 
-  const int64_t per_unit = elements_per_unit(dtype);
-  for (const Triple& triple : triples) {
-    if (triple.numel == 0) continue;
+  for (const Operands& o : operands) {
+    if (o.numel == 0) continue;
     if (table->count == capacity) flush();
-    table->entries[table->count++] = {triple.param, triple.grad, triple.momentum, triple.numel,
-                                      table->units};
-    table->units += (triple.numel + per_unit - 1) / per_unit;
+    table->entries[table->count++] = {o, table->units};
+    table->units += (o.numel + T::per_unit - 1) / T::per_unit;
   }
   flush();
   return launches;
@@ -73,10 +52,11 @@ std::vector<Launch> plan_in(const std::vector<Triple>& triples, DType dtype, con
 
 }  // namespace
 
-std::vector<Launch> plan(const std::vector<Triple>& triples, DType dtype, const Options& options,
-                         int64_t capacity) {
-  return dtype == DType::float64 ? plan_in<double>(triples, dtype, options, capacity)
-                                 : plan_in<float>(triples, dtype, options, capacity);
+std::vector<Launch> plan(const std::vector<Operands>& operands, Kind kind, const Options& options,
+                         const DeviceValues& values, int64_t capacity) {
+  return with_kind(kind, [&](auto tag) {
+    return plan_for<Types<decltype(tag)::kind>>(operands, kind, options, values, capacity);
+  });
 }
 
 }  // namespace prox_sgd::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "../prox_sgd.h"
@@ -9,14 +10,14 @@
 namespace prox_sgd::cuda {
 
 struct Launch {
-  const char* kernel;  // its name in the PTX
+  std::string kernel;  // its name in the PTX
   uint32_t grid;
   uint32_t block;
   std::vector<unsigned char> parameters;  // the kernel's one parameter, byte for byte
 };
 
 // `capacity` bounds the tensors that one launch takes; 0 stands for all that the parameters hold.
-std::vector<Launch> plan(const std::vector<Triple>& triples, DType dtype, const Options& options,
-                         int64_t capacity = 0);
+std::vector<Launch> plan(const std::vector<Operands>& operands, Kind kind, const Options& options,
+                         const DeviceValues& values, int64_t capacity = 0);
 
 }  // namespace prox_sgd::cuda
