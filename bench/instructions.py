@@ -57,7 +57,7 @@ core.set_simd_level(level)
 reader = core.TensorReader(None, describe, lambda device: 0, Memory, Memory)
 reading = reader.read(*lists)
 assert not reading.misfits, reading.misfits
-options = (0.1, momentum, 0.0, 1e-4, l1, False, False, False, False, 1)
+options = (0.1, momentum, 0.0, 1e-4, l1, False, False, False, False, 1.0, 1.0, False, 1, {})
 for _ in range(steps):
     core.prox_sgd_(reader, reading, *options)
 """
