@@ -214,6 +214,19 @@ class Progress(Callback):
         )
         self.bar.update()
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints what was measured, for those who read a log."""
+        if self.bar is None or not evaluated(trainer):
+            return
+        measured = trainer.callback_metrics
+        tqdm.write(
+            f"  epoch {trainer.current_epoch + 1}: "
+            f"accuracy {measured['train_accuracy']:.3f} train, "
+            f"{measured['test_accuracy']:.3f} test; test loss {measured['test_loss']:.3f}; "
+            f"zeros {measured['zeros']:.1%}"
+        )
+        sys.stdout.flush()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Closes the bar."""
         if self.bar is not None:

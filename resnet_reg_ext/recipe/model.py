@@ -36,7 +36,7 @@ class Classifier(pl.LightningModule):
         torch.manual_seed(run.seed)
         # Residual branches that start at zero: from scratch it learns in tens of steps.
         self.model = resnet50(num_classes=len(classes), zero_init_residual=True)
-        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(memory_format=torch.channels_last)
         self.frozen = freeze(self.model, run.freeze)
         # Two sets are measured after an epoch: the training images and the test images.
         count = len(classes)

@@ -130,7 +130,7 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Run, *, l1: bool 
     add(
         training,
         "evaluate_every",
-        "epochs between evaluations, rounded down to divide --epochs",
+        "epochs between evaluations; lowered to divide --epochs",
         type=count,
     )
     add(

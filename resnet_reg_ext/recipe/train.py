@@ -7,7 +7,9 @@ import logging
 import os
 import platform
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,7 @@ def train(
     resume: bool = False,
     keep_best: bool = True,
     start: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Trains a ResNet-50 as a run says, and writes everything about it to a folder.
 
@@ -90,6 +93,7 @@ def train(
         keep_best: keep the best weights and the optimizer's state. Without it ``last.ckpt`` is cut
             down to the weights at the end.
         start: a checkpoint whose weights to start from, instead of ``run.weights``.
+        callbacks: Lightning callbacks of your own.
 
     Raises:
         RecipeError: something that the user can put right.
@@ -118,10 +122,11 @@ def train(
             print(f"  {line}", flush=True)
 
     history = History()
-    callbacks: list[Callback] = [Progress(name), history, Checkpoints(out, best=keep_best)]
-    callbacks.append(StopOnSignal(last))
+    ours: list[Callback] = [history, Checkpoints(out, best=keep_best)]
     if run.early_stopping:
-        callbacks.append(EarlyStopping("test_loss", patience=run.early_stopping))
+        ours.append(EarlyStopping("test_loss", patience=run.early_stopping))
+    # Last: what it saves has then been counted, what the bar shows has been saved.
+    ours += [*callbacks, StopOnSignal(last), Progress(name)]
     trainer = pl.Trainer(
         max_epochs=run.epochs,
         check_val_every_n_epoch=_divisor(run.epochs, run.evaluate_every),
@@ -129,7 +134,7 @@ def train(
         precision=run.precision,  # type: ignore[arg-type]
         accelerator=run.accelerator,
         **_processes(run),
-        callbacks=callbacks,
+        callbacks=ours,
         logger=[
             TensorBoardLogger(out, name="tensorboard", version=""),
             CSVLogger(out, name="csv", flush_logs_every_n_steps=20),
@@ -214,7 +219,7 @@ def made_with() -> dict[str, Any]:
     return {
         "resnet_reg_ext": __version__,
         "torch": torch.__version__,
-        "lightning": pl.__version__,
+        "lightning": version("lightning"),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
     }
