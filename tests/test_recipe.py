@@ -2,11 +2,13 @@
 
 import json
 import os
+import pathlib
 import re
 import resource
 import signal
 import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
 
 import pytest
@@ -27,7 +29,7 @@ TINY += ["--accelerator", "cpu"]
 PNG = b"\x89PNG\r\n\x1a\n"
 # One thread each: small layers make threads wait for each other.
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
-RESNET_REG = [sys.executable, "-m", "resnet_reg_ext.cli"]
+RESNET_REG = pathlib.Path(sysconfig.get_path("scripts")) / "resnet-reg"
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +83,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     options = [*TINY, "--l1", "1e-2", "--weight-decay", "1e-3", "--label-noise", "0.2"]
     options += ["--epochs", "3", "--evaluate-every", "1", "--augment", "shift", "--seed", "5"]
-    train = [*RESNET_REG, "train", *options, "--out"]
+    train = [RESNET_REG, "train", *options, "--out"]
     whole = subprocess.Popen([*train, folder / "whole"], env=ALONE, stdout=subprocess.DEVNULL)
     stopped = subprocess.Popen(
         [*train, folder / "stopped"],
@@ -197,7 +199,8 @@ def test_compare_prints_a_verdict_and_writes_its_plots(tmp_path, capsys):
     told = json.loads((out / "compare.json").read_text())["runs"]
     assert list(told) == ["none", "L2", "L1", "elastic net"]
     for name, (run,) in told.items():
-        assert (run["history"][-1]["zeros"] > 0) == (name in ("L1", "elastic net"))
+        # Of 23 million random weights a few may be 0 by chance.
+        assert (run["history"][-1]["zeros"] > 1e-5) == (name in ("L1", "elastic net"))
         assert sum(map(sum, run["confusion"])) == 20
         assert re.search(rf"^\| {name} ", said, re.M)
     # Finished runs are kept as weights alone, and are not trained again.
@@ -226,6 +229,7 @@ def test_a_path_starts_each_strength_from_the_one_before(tmp_path, capsys):
 
 RANKS = """
 import sys
+from pathlib import Path
 import torch
 from lightning.pytorch.callbacks import Callback
 from resnet_reg_ext.recipe.settings import Run

@@ -167,7 +167,9 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 def _scan(folder: Path, run: Run, classes: Sequence[str]) -> tuple[Split, tuple[str, ...]]:
     """The readable images of a folder of class folders."""
-    found = _class_names(folder)
+    found = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+    if not found:
+        raise RecipeError(f"{folder} is empty: it needs a folder of images for each class")
     if unknown := sorted(set(found) - set(classes)):
         raise RecipeError(_other_classes(folder, found, classes, unknown[0]))
     paths = [
@@ -308,6 +310,11 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         return self.count // self.batch_size
+
+    @property
+    def sampler(self) -> EpochBatches:
+        """Where Lightning looks for ``set_epoch`` of a batch sampler."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
