@@ -15,7 +15,8 @@ WHEEL := build/wheel/.done
 .PHONY: demo test test-older test-python-reader test-sanitize test-matrix test-aarch64 gpu-check bench bench-quick lint format clean
 
 demo: .venv/.ready
-	OMP_WAIT_POLICY=passive $(BIN)/resnet-reg demo
+	rm -rf out/demo
+	OMP_WAIT_POLICY=passive $(BIN)/resnet-reg compare --out out/demo
 
 # The run on .venv comes last, so that its summary is the last thing printed.
 test: .venv/.ready test-older test-python-reader test-sanitize
@@ -23,7 +24,7 @@ test: .venv/.ready test-older test-python-reader test-sanitize
 
 # The same wheel, unchanged, on another torch. What needs torchvision or compiles is left to `test`.
 NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tests/test_build.py \
-	--ignore=tests/test_recipe.py --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py --ignore=tests/test_readme.py
+	--ignore-glob='*test_recipe*' --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py --ignore=tests/test_readme.py
 
 test-older: .venv-older/.ready
 	$(OLD)/pytest -q $(NATIVE_TESTS)
@@ -94,7 +95,7 @@ $(WHEEL): $(SOURCES) | .venv/.torch
 	touch $@
 
 .venv/.ready: $(WHEEL)
-	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[demo,test,lint]"
+	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[train,test,lint]"
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
 

@@ -12,6 +12,13 @@ import torch
 
 from . import __version__, _native
 
+_RECIPE = {
+    "train": "train one ResNet-50",
+    "compare": "the same training under none, L2, L1 and elastic net, and a verdict",
+    "path": "accuracy, gap and sparsity against the strength of L1",
+    "evaluate": "what a checkpoint does: accuracy by class, confusion, features, sparsity",
+}
+
 
 def info() -> str:
     """What is built and usable here, and why something is not."""
@@ -68,22 +75,31 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+def _recipe(command: str, arguments: Sequence[str]) -> int:
+    """Runs a command of the recipe, whose libraries take seconds to import."""
+    try:
+        from .recipe import commands
+    # A torchvision built for another torch raises a RuntimeError or OSError.
+    except (ImportError, OSError, RuntimeError) as error:
+        print(
+            f"resnet-reg {command}: {error}; it needs: pip install 'resnet_reg_ext[train]'",
+            file=sys.stderr,
+        )
+        return 2
+    return commands.main(command, arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="resnet-reg", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is built and usable here, and why something is not")
-    commands.add_parser(
-        "demo",
-        help="train a ResNet-50 on digit images with and without regularisation",
-        add_help=False,
-    )
+    for name, text in _RECIPE.items():
+        commands.add_parser(name, help=text, add_help=False)
     chosen, rest = parser.parse_known_args(arguments)
-    if chosen.command == "demo":
-        from .recipe import demo
-
-        return demo.main(rest)
+    if chosen.command in _RECIPE:
+        return _recipe(chosen.command, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(info())

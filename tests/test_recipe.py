@@ -1,152 +1,420 @@
-"""The recipe: data, one training run, the demo. Needs the ``demo`` extra."""
+"""The commands of the recipe, on real images and a whole ResNet-50."""
 
 import json
+import os
+import pathlib
+import re
+import resource
+import signal
+import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
 
 import pytest
 import torch
+import torchvision
+import yaml
 
-from resnet_reg_ext.recipe import demo
-from resnet_reg_ext.recipe.data import CLASSES, load_digits
-from resnet_reg_ext.recipe.train import Epoch, Result, Settings, train
+from resnet_reg_ext import cli
+from resnet_reg_ext.recipe import compare
+from resnet_reg_ext.recipe.callbacks import WholeFiles
+from resnet_reg_ext.recipe.files import RecipeError, prepare_folder
+from resnet_reg_ext.recipe.model import Classifier, load_weights, regularised
+from resnet_reg_ext.recipe.settings import Run
+from resnet_reg_ext.recipe.train import Result
 
-TINY = Settings(l1=1e-2, weight_decay=1e-4, epochs=2, batch_size=10, evaluate_every=2)
+TINY = ["--image-size", "16", "--train-size", "40", "--test-size", "20", "--batch-size", "10"]
+TINY += ["--accelerator", "cpu"]
 PNG = b"\x89PNG\r\n\x1a\n"
+# One thread each: small layers make threads wait for each other.
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
+RESNET_REG = pathlib.Path(sysconfig.get_path("scripts")) / "resnet-reg"
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """A busy machine makes two threads wait for each other at every small layer."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def tiny_data(**options):
-    return load_digits(**{"image_size": 16, "train_size": 10, "test_size": 10, **options})
+def tensors(value, name=""):
+    """All tensors of a checkpoint's part, by name."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = {}
+    for key, item in items:
+        if isinstance(item, (torch.Tensor, dict, list)):
+            found |= tensors(item, f"{name}/{key}")
+    return found
 
 
-def make_result(train_accuracy, test_accuracy, zeros=0.0):
-    last = Epoch(1, 0.1, train_accuracy, 0.5, test_accuracy, zeros)
-    return Result(Settings(), [last], {"conv1.weight": zeros}, 1.0, 10.0, 1.0, torch.nn.Identity())
+def assert_same_state(first, second):
+    for part in ("state_dict", "optimizer_states"):
+        a, b = tensors(first[part]), tensors(second[part])
+        assert len(a) > 150
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_split_is_stratified_and_disjoint():
-    data = load_digits(image_size=32, train_size=200, test_size=500)
-    assert data.train_images.shape == (200, 3, 32, 32)
-    assert data.test_images.shape == (500, 3, 32, 32)
-    assert data.train_images.dtype == torch.float32
-    assert not set(data.train_rows) & set(data.test_rows)
-    assert len(set(data.train_rows)) == 200
-    assert len(set(data.test_rows)) == 500
-    # The classes have 174 to 183 of the 1,797 images.
-    for labels, count in ((data.train_labels, 200), (data.test_labels, 500)):
-        shares = torch.bincount(labels, minlength=CLASSES) / count
-        assert shares.min() >= 174 / 1797 - 1 / count
-        assert shares.max() <= 183 / 1797 + 1 / count
+def refused(arguments, capsys):
+    """The one sentence that a command answers bad input with."""
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"resnet-reg {arguments[0]}: ")
+    assert error.count("\n") == 1
+    return error
 
 
-def test_split_follows_the_seed():
-    first, again, other = tiny_data(seed=3), tiny_data(seed=3), tiny_data(seed=4)
-    assert first.train_rows == again.train_rows
-    assert torch.equal(first.train_images, again.train_images)
-    assert first.train_rows != other.train_rows
+def result(train_accuracy, test_accuracy, zeros=0.0, seed=0):
+    row = {"train_accuracy": train_accuracy, "test_accuracy": test_accuracy, "zeros": zeros}
+    row |= {"epoch": 1.0, "train_loss": 0.1, "test_loss": 0.5, "test_f1": 0.5, "train_f1": 0.5}
+    data = {"classes": ["a", "b"], "train_images": 40, "wrong_labels": 0, "test_images": 400}
+    layers = {"conv1.weight": zeros}
+    return Result(Run(seed=seed), data, [row], 9.0, layers, [[1, 0], [0, 1]], {})
 
 
-def test_label_noise_changes_as_many_labels_as_asked_and_no_test_label():
-    options = {"image_size": 8, "train_size": 100, "test_size": 100}
-    clean, noisy = load_digits(**options), load_digits(**options, label_noise=0.3)
-    assert noisy.wrong_labels == 30
-    assert (clean.train_labels != noisy.train_labels).sum() == 30
-    assert torch.equal(clean.test_labels, noisy.test_labels)
-    assert clean.wrong_labels == 0
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run that was stopped by SIGINT in its second epoch and resumed."""
+    folder = tmp_path_factory.mktemp("runs")
+    options = [*TINY, "--l1", "1e-2", "--weight-decay", "1e-3", "--label-noise", "0.2"]
+    options += ["--epochs", "3", "--evaluate-every", "1", "--augment", "shift", "--seed", "5"]
+    train = [RESNET_REG, "train", *options, "--out"]
+    whole = subprocess.Popen([*train, folder / "whole"], env=ALONE, stdout=subprocess.DEVNULL)
+    stopped = subprocess.Popen(
+        [*train, folder / "stopped"],
+        env=ALONE,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    for line in stopped.stdout:
+        if "epoch 1:" in line:
+            stopped.send_signal(signal.SIGINT)
+            break
+    _, error = stopped.communicate()
+    assert whole.wait() == 0
+    return folder, stopped.returncode, error
 
 
-def test_label_noise_outside_its_range_is_refused():
-    with pytest.raises(ValueError, match=r"label_noise must be in \[0, 1\], got 1.5"):
-        tiny_data(label_noise=1.5)
+def test_ctrl_c_and_resume_give_the_bits_of_a_run_that_went_through(trained, capsys):
+    folder, code, error = trained
+    assert code == 128 + signal.SIGINT
+    assert f"resnet-reg train --resume {folder / 'stopped'}" in error
+    assert "Traceback" not in error
+    left = torch.load(folder / "stopped" / "last.ckpt", weights_only=True)
+    assert 4 < left["global_step"] < 12
+    assert left["global_step"] % 4 != 0
+    assert not (folder / "stopped" / "result.json").exists()
+
+    assert cli.main(["train", "--resume", str(folder / "stopped")]) == 0
+    assert "resumed from" in capsys.readouterr().out
+    whole, resumed = (
+        torch.load(folder / name / "last.ckpt", weights_only=True) for name in ("whole", "stopped")
+    )
+    assert_same_state(whole, resumed)
+    first, second = (Result.load(folder / name) for name in ("whole", "stopped"))
+    assert first.history == second.history
+    assert first.confusion == second.confusion
+    assert [row["epoch"] for row in first.history] == [1, 2, 3]
+    assert 0 < first.last["zeros"] < 1
 
 
-def test_same_seed_gives_the_same_weights():
-    data = tiny_data()
-    first, again = (train("t", data, TINY, progress=False) for _ in range(2))
-    weights, weights_again = first.model.state_dict(), again.model.state_dict()
-    assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
-    assert first.history == again.history
-    # Evaluated after the second epoch only, and after the last in any case.
-    assert [e.epoch for e in first.history] == [2]
-    assert 0 < first.last.zeros < 1
-    assert "fc.weight" in first.zeros_by_layer
-    assert "fc.bias" not in first.zeros_by_layer
-    assert "bn1.weight" not in first.zeros_by_layer
-    assert first.optimizer_ms < first.step_ms
+def test_a_run_writes_the_file_that_repeats_it(trained, capsys, tmp_path):
+    folder = trained[0] / "whole"
+    text = (folder / "run.yaml").read_text()
+    assert yaml.safe_load(text)["l1"] == 1e-2
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    out = tmp_path / "again"
+    # What is given on the command line wins over the file.
+    assert cli.main(["train", "--config", str(config), "--epochs", "1", "--out", str(out)]) == 0
+    again = yaml.safe_load((out / "run.yaml").read_text())
+    assert again == {**yaml.safe_load(text), "epochs": 1}
+    said = capsys.readouterr().out
+    assert "8 of them with a label made wrong on purpose" in said
+    assert list((out / "tensorboard").glob("events.out.tfevents.*"))
+    (metrics,) = out.glob("csv/*/metrics.csv")
+    assert "test_accuracy" in metrics.read_text()
+    assert not list(out.rglob("*.part"))
 
 
-def test_quick_demo_writes_its_files_and_prints_a_table(tmp_path, capsys):
+def test_evaluate_measures_a_checkpoint_from_its_file_alone(trained, tmp_path, capsys):
+    folder = trained[0] / "whole"
+    checkpoint = str(folder / "last.ckpt")
+    assert cli.main(["evaluate", checkpoint, "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    told = json.loads((tmp_path / "evaluation.json").read_text())
+    known = Result.load(folder)
+    assert told["accuracy"] == pytest.approx(known.last["test_accuracy"], abs=1e-6)
+    assert told["confusion"] == known.confusion
+    for c, name in enumerate(known.classes):
+        column = sum(row[c] for row in known.confusion)
+        right = known.confusion[c][c]
+        assert told["classes"][name]["recall"] == pytest.approx(right / sum(known.confusion[c]))
+        assert told["classes"][name]["precision"] == pytest.approx(right / column if column else 0)
+    for name in ("confusion", "features", "sparsity_by_layer"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(PNG)
+    assert "layer4.2.conv3.weight" in said
+    zeros = (torch.load(checkpoint, weights_only=True)["state_dict"]["model.fc.weight"] == 0).sum()
+    assert told["sparsity"]["layers"]["fc.weight"]["zeros"] == zeros
+
+
+def test_evaluate_refuses_what_is_no_checkpoint_of_these_classes(trained, tmp_path, capsys):
+    folder = trained[0] / "whole"
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    out = tmp_path / "out"
+
+    def said(changed):
+        torch.save(changed, tmp_path / "x.ckpt")
+        return refused(["evaluate", str(tmp_path / "x.ckpt"), "--out", str(out)], capsys)
+
+    slim = {key: content[key] for key in ("run", "classes", "state_dict")}
+    other = torchvision.models.resnet18(num_classes=10).state_dict()
+    other = {f"model.{name}": value for name, value in other.items()}
+    assert "not a ResNet-50's" in said({**slim, "state_dict": other})
+    assert "class count" in said({**slim, "classes": ["a", "b"]})
+    assert "other classes than the training" in said({**slim, "classes": list("abcdefghij")})
+    assert "not a checkpoint" in said(slim["state_dict"])
+    (tmp_path / "x.ckpt").write_bytes(b"nothing")
+    assert "holds no weights" in refused(["evaluate", str(tmp_path / "x.ckpt")], capsys)
+    assert "is not a file" in refused(["evaluate", str(tmp_path / "y.ckpt")], capsys)
+    assert not out.exists()
+
+
+def test_compare_prints_a_verdict_and_writes_its_plots(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
-    assert demo.main(["--quick", "--out", str(out), "--seed", "5"]) == 0
-    text = capsys.readouterr().out
-    assert "seed             5, for the split" in text
-    assert "it is one seed" in text
-    for name in demo.SHORT:
-        assert f"\n{name} " in text
-    for name in ("training_curves", "gap_bars", "sparsity_by_layer"):
+    options = [*TINY, "--train-size", "20", "--epochs", "1", "--l1", "1e-2"]
+    assert cli.main(["compare", *options, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "This is one seed" in said
+    assert "Labels were made wrong on purpose" in said
+    for name in ("training_curves", "gap_bars", "confusion", "sparsity_by_layer"):
         assert (out / f"{name}.png").read_bytes().startswith(PNG)
-    report = json.loads((out / "results.json").read_text())
-    assert list(report["runs"]) == list(demo.SHORT)
-    for name, run in report["runs"].items():
-        assert run["settings"]["seed"] == 5
-        assert run["gap"] == run["train_accuracy"] - run["test_accuracy"]
-        assert (run["zeros"] > 0) == (demo.RUNS[name].l1 > 0)
+        assert f"{out / name}.png" in said
+    told = json.loads((out / "compare.json").read_text())["runs"]
+    assert list(told) == ["none", "L2", "L1", "elastic net"]
+    for name, (run,) in told.items():
+        # Of 23 million random weights a few may be 0 by chance.
+        assert (run["history"][-1]["zeros"] > 1e-5) == (name in ("L1", "elastic net"))
+        assert sum(map(sum, run["confusion"])) == 20
+        assert re.search(rf"^\| {name} ", said, re.M)
+    # Finished runs are kept as weights alone, and are not trained again.
+    kept = out / "seed0" / "L1" / "last.ckpt"
+    assert "optimizer_states" not in torch.load(kept, weights_only=True)
+    before = kept.stat().st_mtime_ns
+    assert cli.main(["compare", "--resume", str(out)]) == 0
+    assert kept.stat().st_mtime_ns == before
 
 
-def test_unwritable_out_is_refused_before_training(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "train", lambda *_, **__: pytest.fail("trained"))
+def test_a_path_starts_each_strength_from_the_one_before(tmp_path, capsys):
+    out = tmp_path / "path"
+    # With a learning rate of 0 the weights stay: all are the first one's, head and all.
+    options = [*TINY, "--train-size", "20", "--epochs", "1", "--lr", "0", "--l1", "0", "1e-3"]
+    assert cli.main(["path", *options, "--out", str(out)]) == 0
+    assert "with its class head" in capsys.readouterr().out
+    first, second = (
+        torch.load(out / "seed0" / name / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("l1-0", "l1-0.001")
+    )
+    assert torch.equal(first["model.fc.weight"], second["model.fc.weight"])
+    # Batch norm's statistics went on from the first run's.
+    assert second["model.bn1.num_batches_tracked"] == 2 * first["model.bn1.num_batches_tracked"]
+    assert (out / "path.png").read_bytes().startswith(PNG)
+
+
+RANKS = """
+import sys
+from pathlib import Path
+import torch
+from lightning.pytorch.callbacks import Callback
+from resnet_reg_ext.recipe.settings import Run
+from resnet_reg_ext.recipe.train import train
+
+class Keep(Callback):
+    def on_train_end(self, trainer, module):
+        assert trainer.world_size == 2
+        optimizer = trainer.optimizers[0].state_dict()
+        state = {"model": module.model.state_dict(), "optimizer": optimizer}
+        torch.save(state, out.parent / f"rank{trainer.global_rank}.pt")
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    train(Run(train_size=40, test_size=21, batch_size=10, image_size=16, epochs=2, l1=1e-2,
+              devices=2, strategy="ddp", accelerator="cpu"), out, callbacks=[Keep()])
+"""
+
+
+def test_two_processes_end_with_the_same_bits(tmp_path):
+    (tmp_path / "script.py").write_text(RANKS)
+    command = [sys.executable, tmp_path / "script.py", tmp_path / "out"]
+    subprocess.run(command, env=ALONE, check=True, capture_output=True, timeout=300)
+    first, second = (tensors(torch.load(tmp_path / f"rank{r}.pt")) for r in (0, 1))
+    assert len(first) > 400
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # Each test image was measured once, in one of the two.
+    assert sum(map(sum, Result.load(tmp_path / "out").confusion)) == 21
+
+
+def test_weights_from_a_file(tmp_path, capsys):
+    source = torchvision.models.resnet50(num_classes=7)
+    state = {name: value.half() for name, value in source.state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    classifier = Classifier(Run(), ["a", "b"])
+    head = classifier.model.fc.weight.clone()
+    said = load_weights(classifier, str(tmp_path / "w.pt"))
+    assert "head for 7 classes is replaced by a random one for 2" in said
+    assert torch.equal(classifier.model.conv1.weight, source.conv1.weight.half().float())
+    assert torch.equal(classifier.model.fc.weight, head)
+
+    from safetensors.torch import save_file
+
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    seven = Classifier(Run(), list("abcdefg"))
+    assert "with its class head" in load_weights(seven, str(tmp_path / "w.safetensors"))
+    assert torch.equal(seven.model.fc.weight, source.fc.weight)
+
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pt")
+    out = tmp_path / "out"
+    command = ["train", *TINY, "--out", str(out), "--weights"]
+    assert "is not a ResNet-50's" in refused([*command, str(tmp_path / "other.pt")], capsys)
+    assert "is not a file" in refused([*command, str(tmp_path / "none.pt")], capsys)
+    (tmp_path / "broken.safetensors").write_bytes(b"{")
+    assert "holds no weights" in refused([*command, str(tmp_path / "broken.safetensors")], capsys)
+    assert not out.exists()
+
+
+def test_frozen_stages_do_not_learn_nor_count():
+    classifier = Classifier(Run(freeze="layer1"), ["a", "b"]).train()
+    model = classifier.model
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    stages = ("conv1.", "bn1.", "layer1.")
+    assert frozen == [n for n, _ in model.named_parameters() if n.startswith(stages)]
+    assert not model.bn1.training
+    assert not model.layer1[0].bn1.training
+    assert model.layer2[0].bn1.training
+    assert not any(layer.name.startswith(stages) for layer in regularised(classifier).layers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--epochs", "0"], "--epochs: must be at least 1, got 0"),
+        (["train", "--lr", "nan"], "--lr: must be at least 0, got nan"),
+        (["train", "--momentum", "1"], "--momentum: must be at least 0 and below 1, got 1"),
+        (["train", "--label-noise", "1.5"], "--label-noise: must be at least 0 and at most 1"),
+        (["train", "--seed", "x"], "--seed: must be a whole number, got 'x'"),
+        (["train", "--fly"], "unrecognized arguments: --fly"),
+        (["train", "--data", "/no/where"], "--data /no/where is not a folder"),
+        (["train", "--resume", "/no/where"], "nothing to resume in /no/where"),
+        (["train", "--resume", "/no/where", "--lr", "1"], "give no other option"),
+        (["train", "--config", "/no/where"], "can't read --config /no/where"),
+        (["train", "--devices", "3"], "--batch-size 20 can't be shared evenly by 3 processes"),
+        (["compare", "--l1", "0"], "compare needs --l1 and --weight-decay above 0"),
+        (["path", "--l1", "1", "0"], "--l1 must increase, got 1 0"),
+    ],
+)
+def test_wrong_options_are_named(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(arguments, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("fly: 1", "no such option: fly"),
+        ("epochs: many", "--epochs: must be a whole number"),
+        ("- 1", "must map options to values"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_wrong_run_files_are_named(text, words, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert words in refused(["train", "--config", str(tmp_path / "run.yaml")], capsys)
+
+
+def test_an_output_folder_that_cannot_be_used_is_refused(trained, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert demo.main(["--out", str(tmp_path / "file" / "demo")]) == 2
-    error = capsys.readouterr().err
-    assert error == f"demo: can't write to --out {tmp_path / 'file' / 'demo'}: Not a directory\n"
+    error = refused(["train", *TINY, "--out", str(tmp_path / "file" / "run")], capsys)
+    assert error.endswith("Not a directory\n")
+    used = str(trained[0] / "whole")
+    assert "holds a run already" in refused(["train", *TINY, "--out", used], capsys)
+    with pytest.raises(RecipeError, match=r"MB free; this needs 1000000000000 MB"):
+        prepare_folder(tmp_path, 10**18)
 
 
-@pytest.mark.parametrize("module", ["torchvision", "sklearn", "tqdm", "matplotlib"])
-def test_missing_extra_is_named(module, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    assert demo.main(["--out", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"demo: {module} can't be imported")
-    assert error.endswith("pip install 'resnet_reg_ext[demo]'\n")
+def test_a_checkpoint_that_cannot_be_written_leaves_the_former(tmp_path):
+    path = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"x": torch.ones(3)}, path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(RecipeError, match=rf"can't write {path}: File too large"):
+            WholeFiles().save_checkpoint({"x": torch.ones(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_missing_cuda_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert demo.main(["--device", "cuda", "--out", str(tmp_path)]) == 2
-    assert "torch finds no CUDA device here" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "module", ["lightning.pytorch", "torchmetrics", "yaml", "sklearn.datasets"]
+)
+def test_a_missing_extra_is_named(module, tmp_path):
+    code = f"import sys; sys.modules[{module!r}] = None; from resnet_reg_ext import cli; "
+    code += "sys.exit(cli.main(['train']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.endswith("it needs: pip install 'resnet_reg_ext[train]'\n")
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--seed", "-1"], ["--seed", "x"]])
-def test_bad_number_is_refused(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        demo.main(arguments)
-    assert stopped.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
-
-
-def test_verdict_says_where_no_difference_is_seen():
-    base = make_result(1.0, 0.80)
-    (close,) = demo.verdicts({"none": base, "L1": make_result(1.0, 0.81, 0.6)}, 400)
+def test_a_verdict_of_one_seed_weighs_the_test_images():
+    base = {"none": [result(1.0, 0.80)]}
+    (close,) = compare.verdicts({**base, "L1": [result(1.0, 0.81, 0.6)]})
     assert close.count("no difference seen") == 2
     assert "60.0% of the regularised weights are exactly zero" in close
-    (better,) = demo.verdicts({"none": base, "L1": make_result(0.95, 0.90)}, 400)
+    (better,) = compare.verdicts({**base, "L1": [result(0.95, 0.90)]})
     assert "test accuracy: higher (+0.100" in better
     assert "gap: smaller (-0.150" in better
-    (worse,) = demo.verdicts({"none": base, "L1": make_result(1.0, 0.60)}, 400)
+    (worse,) = compare.verdicts({**base, "L1": [result(1.0, 0.60)]})
     assert "test accuracy: lower (-0.200" in worse
     assert "gap: larger (+0.200" in worse
 
 
-def test_label_noise_is_said():
-    data = replace(tiny_data(), wrong_labels=4)
-    assert "4 of them with a label made wrong on purpose" in demo.describe(data, TINY, "cpu")
-    assert "wrong" not in demo.describe(tiny_data(), TINY, "cpu")
+def test_a_verdict_of_three_seeds_weighs_the_spread():
+    base = {"none": [result(1.0, a) for a in (0.70, 0.75, 0.80)]}
+    # Differences of 0.01, 0.02, 0.03: mean 0.02, standard deviation 0.01, t(2) = 4.303.
+    (seen,) = compare.verdicts({**base, "L1": [result(1.0, a) for a in (0.71, 0.77, 0.83)]})
+    assert "no difference seen (+0.020, within ±0.025)" in seen
+    # Paired, differences that are alike are seen though the seeds differ more.
+    (seen,) = compare.verdicts({**base, "L1": [result(1.0, a) for a in (0.72, 0.77, 0.821)]})
+    assert "test accuracy: higher (+0.020 ± 0.001)" in seen
+    assert "gap: smaller" in seen
+
+
+def test_the_table_tells_mean_and_spread():
+    runs = [result(1.0, 0.7), result(1.0, 0.8)]
+    lines = compare.table({"none": runs}).splitlines()
+    assert "0.750 ± 0.071" in lines[2]
+    assert "+0.250 ± 0.071" in lines[2]
+    assert len({len(line) for line in lines}) == 1
+    text = compare.report({"none": runs}, [])
+    assert "made wrong" not in text
+    assert "2 seeds" in text
+
+
+def test_wrong_labels_are_said():
+    noisy = result(1.0, 0.7)
+    noisy = replace(noisy, data={**noisy.data, "wrong_labels": 12})
+    assert "Labels were made wrong on purpose" in compare.report({"none": [noisy]}, [])
+    assert "12 labels made wrong" in compare.conditions({"none": [noisy]})

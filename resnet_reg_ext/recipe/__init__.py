@@ -1,4 +1,15 @@
-"""A ResNet-50 recipe: real images, a training run with ProxSGD, and what regularisation did.
+"""A ResNet-50 recipe with Lightning: trains, compares and evaluates runs with ``ProxSGD``.
 
-Needs the ``demo`` extra: ``pip install 'resnet_reg_ext[demo]'``. Importing the package does not.
+Needs the ``train`` extra: ``pip install 'resnet_reg_ext[train]'``. Importing the package does not.
+
+The modules, in the order of a run:
+
+- ``settings``: everything that defines a run, as options and as a YAML file;
+- ``data``: images, splits, label noise, and batches that depend on the seed and the epoch alone;
+- ``model``: the ResNet-50, its weights, and the Lightning module with ``ProxSGD``;
+- ``callbacks``: progress, history, checkpoints and stopping;
+- ``train``: one run;
+- ``compare``: several runs and what may be concluded from them;
+- ``evaluate`` and ``plots``: what a checkpoint does, and pictures;
+- ``commands``: the command line.
 """

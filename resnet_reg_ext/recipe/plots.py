@@ -1,96 +1,94 @@
-"""Plots of a comparison, as PNG files."""
+"""Plots, as PNG files. Drawn without pyplot: they need no display."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
 
-from .train import Result
+from matplotlib.figure import Figure
+
+from .files import aside
+
+if TYPE_CHECKING:
+    from .train import Result
 
 # Okabe and Ito's palette: told apart by colour-blind readers too, and dark enough on white.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+Results = Mapping[str, Sequence["Result"]]
 
 
-def plot_all(results: Mapping[str, Result], folder: Path, subtitle: str) -> list[Path]:
-    """Draws training curves, gap bars and sparsity by layer.
-
-    Args:
-        results: runs by the name that the legend shows, at most four.
-        folder: where the files go.
-        subtitle: what the runs were made with, one line.
-
-    Returns:
-        The paths written.
-    """
-    from matplotlib.figure import Figure  # without pyplot: needs no display
-
-    paths = []
-    for name, draw, size in (
-        ("training_curves", _training_curves, (10, 4.2)),
-        ("gap_bars", _gap_bars, (7, 4.5)),
-        ("sparsity_by_layer", _sparsity_by_layer, (10, 4.5)),
-    ):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure, results)
-        # The layout keeps room for a figure's title, not for free text.
-        figure.suptitle(f"{figure.get_suptitle()}\n{subtitle}", fontsize=10)
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=130)
-    return paths
+def _save(figure: Any, path: Path, title: str, subtitle: str) -> Path:
+    # The layout keeps room for a figure's title, not for free text.
+    figure.suptitle(f"{title}\n{subtitle}", fontsize=10)
+    with aside(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    return path
 
 
-def _training_curves(figure: Any, results: Mapping[str, Result]) -> None:
-    figure.suptitle("Training (dashed) and test (solid) after each evaluated epoch")
-    accuracy, loss = figure.subplots(1, 2)
-    for (name, result), colour in zip(results.items(), COLOURS, strict=False):
-        epochs = [e.epoch for e in result.history]
-        for axes, train, test in (
-            (accuracy, "train_accuracy", "test_accuracy"),
-            (loss, "train_loss", "test_loss"),
-        ):
-            axes.plot(epochs, [getattr(e, train) for e in result.history], "--", color=colour)
-            axes.plot(
-                epochs,
-                [getattr(e, test) for e in result.history],
-                "o-",
-                color=colour,
-                label=name,
-                markersize=4,
-            )
-    accuracy.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.03))
-    # Before batch norm's running statistics have settled, losses can be huge.
-    loss.set(xlabel="epoch", ylabel="cross-entropy (log scale)", yscale="log")
-    for axes in (accuracy, loss):
+def _figure(width: float, height: float) -> Any:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def training_curves(results: Results, path: Path, subtitle: str) -> Path:
+    """Accuracy and loss over the epochs, the mean over seeds with their range shaded."""
+    figure = _figure(10, 4.4)
+    for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
+        for (name, runs), colour in zip(results.items(), COLOURS, strict=False):
+            length = min(len(r.history) for r in runs)
+            epochs = [row["epoch"] for row in runs[0].history[:length]]
+            for split, style in (("train", "--"), ("test", "o-")):
+                points = [[r.history[i][f"{split}_{metric}"] for r in runs] for i in range(length)]
+                label = name if split == "test" else None
+                line = [mean(p) for p in points]
+                axes.plot(epochs, line, style, color=colour, label=label, markersize=4)
+                if len(runs) > 1 and split == "test":
+                    low, high = [min(p) for p in points], [max(p) for p in points]
+                    axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    loss.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        if metric == "accuracy":
+            axes.set(ylabel="accuracy", ylim=(0, 1.03))
+        else:
+            # Before batch norm's running statistics have settled, losses can be huge.
+            axes.set(ylabel="cross-entropy (log scale)", yscale="log")
+            axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
+    title = "Training images (dashed) and test images (solid) after each evaluated epoch"
+    return _save(figure, path, title, subtitle)
 
 
-def _gap_bars(figure: Any, results: Mapping[str, Result]) -> None:
-    figure.suptitle("Training and test accuracy, and the gap between them")
+def gap_bars(results: Results, path: Path, subtitle: str) -> Path:
+    """Training and test accuracy side by side, with the spread over seeds."""
+    figure = _figure(max(6.5, 1.8 * len(results)), 4.6)
     axes = figure.subplots()
-    for x, (result, colour) in enumerate(zip(results.values(), COLOURS, strict=False)):
-        train, test = result.last.train_accuracy, result.last.test_accuracy
-        for side, value, alpha, label in ((-0.2, train, 0.45, "training"), (0.2, test, 1, "test")):
-            axes.bar(x + side, value, 0.38, color=colour, alpha=alpha)
-            axes.text(x + side, value + 0.01, f"{label}\n{value:.3f}", ha="center", va="bottom")
-    axes.set_xticks(
-        range(len(results)),
-        [f"{n}\ngap {r.gap:.3f}\nzeros {r.last.zeros:.0%}" for n, r in results.items()],
-    )
-    axes.set(ylabel="accuracy", ylim=(0, 1.15), xlim=(-0.6, len(results) - 0.4))
+    labels = []
+    for x, ((name, runs), colour) in enumerate(zip(results.items(), COLOURS, strict=False)):
+        for side, split, alpha in ((-0.2, "train", 0.45), (0.2, "test", 1.0)):
+            accuracies = [r.last[f"{split}_accuracy"] for r in runs]
+            value, error = mean(accuracies), stdev(accuracies) if len(runs) > 1 else 0.0
+            bars = axes.bar(x + side, value, 0.38, color=colour, alpha=alpha)
+            if error:
+                axes.errorbar(x + side, value, error, color="0.2", capsize=3)
+            axes.bar_label(bars, [f"{split}\n{value:.3f}"], padding=3 + 200 * error)
+        gap, zeros = (mean(r.last[m] for r in runs) for m in ("gap", "zeros"))
+        labels.append(f"{name}\ngap {gap:+.3f}\nzeros {zeros:.0%}")
+    axes.set_xticks(range(len(results)), labels)
+    axes.set(ylabel="accuracy", ylim=(0, 1.2), xlim=(-0.6, len(results) - 0.4))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path, "Training and test accuracy, and the gap between them", subtitle)
 
 
-def _sparsity_by_layer(figure: Any, results: Mapping[str, Result]) -> None:
-    figure.suptitle("Exact zeros in each regularised layer, input to output")
+def sparsity_by_layer(zeros: Mapping[str, Mapping[str, float]], path: Path, subtitle: str) -> Path:
+    """Share of zeros in each regularised layer, by name of the run."""
+    figure = _figure(10, 4.4)
     axes = figure.subplots()
-    layers = list(next(iter(results.values())).zeros_by_layer)
-    for (name, result), colour, marker in zip(results.items(), COLOURS, "osD^", strict=False):
-        share = [100 * result.zeros_by_layer[layer] for layer in layers]
-        axes.plot(share, marker=marker, color=colour, label=name, markersize=4, linewidth=1)
+    layers = list(next(iter(zeros.values())))
+    for (name, shares), colour, marker in zip(zeros.items(), COLOURS, "osD^vP*X", strict=False):
+        line = [100 * shares[layer] for layer in layers]
+        axes.plot(line, marker=marker, color=colour, label=name, markersize=4, linewidth=1)
     # One label a stage, at its middle; all 54 names would not be legible.
     stages = [layer.split(".")[0] for layer in layers]
     starts = [i for i, stage in enumerate(stages) if i == 0 or stage != stages[i - 1]]
@@ -103,4 +101,106 @@ def _sparsity_by_layer(figure: Any, results: Mapping[str, Result]) -> None:
         axes.axvline(start - 0.5, color="0.8", linewidth=1, zorder=0)
     axes.grid(axis="y", alpha=0.3)
     axes.set(xlabel="layers by stage", ylabel="exact zeros, %", ylim=(-3, 103))
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    if len(zeros) > 1:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return _save(figure, path, "Exact zeros in each regularised layer, input to output", subtitle)
+
+
+def confusion(
+    matrices: Mapping[str, Sequence[Sequence[int]]],
+    classes: Sequence[str],
+    path: Path,
+    subtitle: str,
+) -> Path:
+    """Confusion matrices in rows of two, coloured by the share of each true class."""
+    columns = min(2, len(matrices))
+    rows = -(-len(matrices) // columns)
+    count = len(classes)
+    side = max(3.4, min(9.0, 1.6 + 0.34 * count))
+    figure = _figure(max(5.6, side * columns + 0.8), side * rows + 0.7)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    # Digits for every class as long as they can be read.
+    step = max(1, count // 30)
+    image = None
+    for axes, (name, matrix) in zip(grid.flat, matrices.items(), strict=False):
+        shares = [[n / max(1, sum(row)) for n in row] for row in matrix]
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        if count <= 20:
+            for i, row in enumerate(matrix):
+                for j, n in enumerate(row):
+                    if n:
+                        colour = "white" if shares[i][j] > 0.5 else "black"
+                        axes.text(j, i, n, ha="center", va="center", color=colour, fontsize=7)
+        ticks = range(0, count, step)
+        names = [classes[i] for i in ticks]
+        long = any(len(n) > 3 for n in names)
+        axes.set_xticks(ticks, names, rotation=90 if long else 0, fontsize=8)
+        axes.set_yticks(ticks, names, fontsize=8)
+        axes.set(xlabel="predicted", ylabel="true", title=name)
+    for axes in list(grid.flat)[len(matrices) :]:
+        axes.set_visible(False)
+    figure.colorbar(image, ax=grid, label="share of the true class", shrink=0.8)
+    return _save(figure, path, "Confusion matrix, counts of test images", subtitle)
+
+
+def features(
+    projections: Mapping[str, Any],
+    labels: Sequence[int],
+    classes: Sequence[str],
+    path: Path,
+    subtitle: str,
+) -> Path:
+    """The features of the last pooling layer in two dimensions, coloured by true class."""
+    from matplotlib import colormaps
+
+    figure = _figure(10.5, 4.6)
+    palette = colormaps["tab10" if len(classes) <= 10 else "turbo"]
+    for axes, (method, points) in zip(figure.subplots(1, 2), projections.items(), strict=True):
+        for label, name in enumerate(classes):
+            chosen = [i for i, other in enumerate(labels) if other == label]
+            colour = palette(label if len(classes) <= 10 else label / (len(classes) - 1))
+            axes.scatter(
+                points[chosen, 0], points[chosen, 1], s=12, color=colour, label=name, alpha=0.75
+            )
+        axes.set(title=method, xlabel="first dimension", ylabel="second dimension")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    if len(classes) <= 20:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    return _save(figure, path, "Features of the last pooling layer, by true class", subtitle)
+
+
+def path(results: Results, l1s: Sequence[float], path: Path, subtitle: str) -> Path:
+    """Accuracy, gap and zeros against the strength of L1."""
+    figure = _figure(10, 4.4)
+    left, right = figure.subplots(1, 2)
+    # Evenly spaced: the values are usually spaced by factors, and 0 has no logarithm.
+    places = range(len(l1s))
+    runs = list(results.values())
+    for axes, metric, label, colour, style in (
+        (left, "train_accuracy", "training accuracy", COLOURS[0], "o--"),
+        (left, "test_accuracy", "test accuracy", COLOURS[1], "o-"),
+        (left, "gap", "gap", COLOURS[2], "s-"),
+        (right, "zeros", "exact zeros", COLOURS[3], "o-"),
+    ):
+        points = [[r.last[metric] for r in group] for group in runs]
+        errors = [stdev(p) if len(p) > 1 else 0.0 for p in points]
+        axes.errorbar(
+            places,
+            [mean(p) for p in points],
+            errors,
+            fmt=style,
+            color=colour,
+            label=label,
+            capsize=3,
+            markersize=4,
+        )
+    for axes in (left, right):
+        axes.set_xticks(places, [f"{v:g}" for v in l1s])
+        axes.set_xlabel("l1")
+        axes.grid(alpha=0.3)
+    left.set_ylabel("accuracy, gap")
+    left.axhline(0, color="0.6", linewidth=1)
+    left.legend()
+    right.set(ylabel="share of exact zeros in the regularised weights", ylim=(-0.03, 1.03))
+    return _save(figure, path, "Regularisation path", subtitle)

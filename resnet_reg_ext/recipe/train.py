@@ -1,170 +1,293 @@
-"""One training run of a ResNet-50 with ProxSGD: the example to copy."""
+"""One run, from settings to a result."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
-from statistics import median
+import json
+import logging
+import os
+import platform
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from .. import ProxSGD, Sparsity, param_groups, sparsity
-from .data import CLASSES, Digits
+from .. import __version__
+from .callbacks import Checkpoints, History, Progress, StopOnSignal, WholeFiles
+from .data import ImageData, Images, Split, evaluation_loader, load_images
+from .files import RecipeError, prepare_folder, write_text
+from .model import Classifier, load_checkpoint, load_weights, regularised
+from .settings import DIGITS, Run, save_options
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is made with, data apart."""
-
-    l1: float = 0.0
-    weight_decay: float = 0.0
-    lr: float = 0.05
-    momentum: float = 0.9
-    epochs: int = 12
-    batch_size: int = 20
-    evaluate_every: int = 4
-    """Epochs between evaluations, which take time too; the last epoch is always evaluated."""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Where a run stood after an epoch, measured in evaluation mode."""
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    zeros: float
-    """Share of exact zeros in the weights that are regularised, or would be."""
+# Momentum doubles a full checkpoint; the next one is written beside it before the rename.
+FULL_CHECKPOINT, WEIGHTS = 190_000_000, 95_000_000
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave."""
+    """What a run gave; ``result.json`` holds the same."""
 
-    settings: Settings
-    history: list[Epoch]
-    zeros_by_layer: dict[str, float]
-    """Share of exact zeros by parameter name, regularised weights only, input to output."""
-    optimizer_ms: float
-    """Median time of ``optimizer.step()``."""
+    run: Run
+    data: dict[str, Any]
+    """Counts of images, classes and wrong labels."""
+    history: list[dict[str, float]]
+    """One row an evaluation: epoch, {train,test}_{accuracy,loss,f1}, zeros."""
     step_ms: float
-    """Median time of a whole training step: forward, backward and optimizer."""
-    seconds: float
-    model: nn.Module = field(repr=False)
+    """Median time of a step since the start or the resumption."""
+    zeros_by_layer: dict[str, float]
+    """Share of exact zeros by parameter, regularised weights only, input to output."""
+    confusion: list[list[int]]
+    """Test images by true class (row) and predicted class (column)."""
+    made_with: dict[str, Any]
 
     @property
-    def last(self) -> Epoch:
-        """The state at the end."""
-        return self.history[-1]
+    def last(self) -> dict[str, float]:
+        """The last evaluation, with the gap between training and test accuracy."""
+        row = self.history[-1]
+        return {**row, "gap": row["train_accuracy"] - row["test_accuracy"], "step_ms": self.step_ms}
 
     @property
-    def gap(self) -> float:
-        """Training accuracy minus test accuracy: how much is overfitting."""
-        return self.last.train_accuracy - self.last.test_accuracy
+    def classes(self) -> list[str]:
+        """Class names."""
+        return list(self.data["classes"])
+
+    def save(self, folder: Path) -> None:
+        """Writes ``result.json``."""
+        write_text(folder / "result.json", json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Result:
+        """Reads ``result.json``."""
+        content = json.loads((folder / "result.json").read_text())
+        return cls(**{**content, "run": Run(**content["run"])})
 
 
 def train(
-    name: str, data: Digits, settings: Settings, *, device: str = "cpu", progress: bool = True
+    run: Run,
+    out: Path,
+    *,
+    name: str = "train",
+    resume: bool = False,
+    keep_best: bool = True,
+    start: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
-    """Trains torchvision's ResNet-50 from scratch.
+    """Trains a ResNet-50 as a run says, and writes everything about it to a folder.
 
-    The seed decides the initial weights and the order of the images. On a CPU the same seed and
-    number of threads give the same weights, bit by bit.
+    On a CPU the same run with the same number of threads and processes gives the same weights, bit
+    by bit, interrupted and resumed or not.
 
     Args:
+        run: the settings.
+        out: the folder for ``run.yaml``, ``last.ckpt``, ``best.ckpt``, ``result.json`` and logs.
         name: stands before the progress bar.
-        data: see :func:`resnet_reg_ext.recipe.data.load_digits`.
-        settings: hyperparameters, epochs and the seed.
-        device: where to train.
-        progress: whether to show a bar with loss, accuracy, zeros and the time left.
+        resume: go on from ``last.ckpt`` in that folder.
+        keep_best: keep the best weights and the optimizer's state. Without it ``last.ckpt`` is cut
+            down to the weights at the end.
+        start: a checkpoint whose weights to start from, instead of ``run.weights``.
+        callbacks: Lightning callbacks of your own.
+
+    Raises:
+        RecipeError: something that the user can put right.
+        Stopped: a signal came; ``last.ckpt`` is what to resume from.
     """
-    from torchvision.models import resnet50
-    from tqdm import tqdm
+    _be_quiet()
+    _check_machine(run)
+    last = out / "last.ckpt"
+    if resume and not last.is_file():
+        raise RecipeError(f"nothing to resume in {out}: it has no last.ckpt")
+    if not resume and (out / "run.yaml").exists() and is_first_process():
+        raise RecipeError(f"--out {out} holds a run already: give another, or --resume {out}")
+    images = load_images(run)
+    classifier = Classifier(run, images.classes)
+    if resume:
+        _check_resumable(last, images)
+        weights = f"resumed from {last}"
+    elif start is not None:
+        weights = load_weights(classifier, str(start))
+    else:
+        weights = load_weights(classifier, run.weights)
+    prepare_folder(out, 2 * FULL_CHECKPOINT + (2 * WEIGHTS if keep_best else 0))
+    if is_first_process():
+        save_options(asdict(run), out / "run.yaml")
+        for line in (*describe(run, images), weights):
+            print(f"  {line}", flush=True)
 
-    started = time.perf_counter()
-    torch.manual_seed(settings.seed)
-    # Residual branches that start at zero: from scratch it learns in tens of steps, not hundreds.
-    model = resnet50(num_classes=CLASSES, zero_init_residual=True)
-    model = model.to(device, memory_format=torch.channels_last)
-    # Norms and biases are in a group of their own that is not regularised.
-    groups = param_groups(model, l1=settings.l1, weight_decay=settings.weight_decay)
-    optimizer = ProxSGD(groups, lr=settings.lr, momentum=settings.momentum)
-
-    images, labels = data.train_images.to(device), data.train_labels.to(device)
-    test_images, test_labels = data.test_images.to(device), data.test_labels.to(device)
-    # A last batch that is not full is left out: batch norm does badly on a few images.
-    batches = max(1, len(labels) // settings.batch_size)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * batches)
-
-    history: list[Epoch] = []
-    optimizer_times: list[float] = []
-    step_times: list[float] = []
-    with tqdm(total=settings.epochs * batches, desc=name, unit="step", disable=not progress) as bar:
-        for epoch in range(1, settings.epochs + 1):
-            model.train()
-            seen, hits, loss_sum = 0, 0, 0.0
-            zeros = _regularised(optimizer)
-            order = torch.randperm(len(labels))[: batches * settings.batch_size]
-            for rows in order.to(device).chunk(batches):
-                start = _now(device)
-                optimizer.zero_grad()
-                logits = model(images[rows])
-                loss = cross_entropy(logits, labels[rows])
-                loss.backward()  # type: ignore[no-untyped-call]
-                middle = _now(device)
-                optimizer.step()
-                end = _now(device)
-                scheduler.step()
-                optimizer_times.append(end - middle)
-                step_times.append(end - start)
-
-                # The bar shows this epoch so far, as seen in training mode.
-                seen += len(rows)
-                hits += int((logits.argmax(1) == labels[rows]).sum())
-                loss_sum += loss.item() * len(rows)
-                bar.set_postfix_str(
-                    f"loss {loss_sum / seen:.3f}, accuracy {hits / seen:.2f}, "
-                    f"zeros {zeros.fraction:.0%}",
-                    refresh=False,
-                )
-                bar.update()
-            if epoch % settings.evaluate_every == 0 or epoch == settings.epochs:
-                train_scores = evaluate(model, images, labels)
-                test_scores = evaluate(model, test_images, test_labels)
-                zeros = _regularised(optimizer)
-                history.append(Epoch(epoch, *train_scores, *test_scores, zeros.fraction))
-    return Result(
-        settings,
-        history,
-        {layer.name: layer.fraction for layer in zeros.layers},
-        1000 * median(optimizer_times),
-        1000 * median(step_times),
-        time.perf_counter() - started,
-        model,
+    history = History()
+    ours: list[Callback] = [history, Checkpoints(out, best=keep_best)]
+    if run.early_stopping:
+        ours.append(EarlyStopping("test_loss", patience=run.early_stopping))
+    # Last: what it saves has then been counted, what the bar shows has been saved.
+    ours += [*callbacks, StopOnSignal(last), Progress(name)]
+    trainer = pl.Trainer(
+        max_epochs=run.epochs,
+        check_val_every_n_epoch=_divisor(run.epochs, run.evaluate_every),
+        num_sanity_val_steps=0,
+        precision=run.precision,  # type: ignore[arg-type]
+        accelerator=run.accelerator,
+        **_processes(run),
+        callbacks=ours,
+        logger=[
+            TensorBoardLogger(out, name="tensorboard", version=""),
+            CSVLogger(out, name="csv", flush_logs_every_n_steps=20),
+        ],
+        log_every_n_steps=1,
+        plugins=[WholeFiles()],
+        default_root_dir=out,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
     )
+    trainer.fit(
+        classifier,
+        datamodule=ImageData(images, run),
+        ckpt_path=str(last) if resume else None,
+        weights_only=True,
+    )
+    zeros = regularised(classifier)
+    result = Result(
+        run,
+        _counts(images),
+        history.rows,
+        history.step_ms,
+        {layer.name: layer.fraction for layer in zeros.layers},
+        confusion_matrix(classifier, images.test, run, trainer.strategy.root_device),
+        made_with(),
+    )
+    if not keep_best:
+        trainer.save_checkpoint(last, weights_only=True)
+    if is_first_process():
+        result.save(out)
+    return result
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean loss and accuracy in evaluation mode."""
-    model.eval()
-    logits = torch.cat([model(chunk) for chunk in torch.split(images, 250)])
-    loss = cross_entropy(logits, labels).item()
-    return loss, (logits.argmax(1) == labels).float().mean().item()
+def predict(
+    classifier: Classifier, split: Split, run: Run, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Logits (count, classes) and labels (count,) of a split, on the CPU."""
+    classifier.to(device).eval()
+    logits, labels = [], []
+    with torch.inference_mode():
+        for images, truth in evaluation_loader(split, run):
+            logits.append(classifier(images.to(device)).float().cpu())
+            labels.append(truth)
+    return torch.cat(logits), torch.cat(labels)
 
 
-def _regularised(optimizer: ProxSGD) -> Sparsity:
-    """Zeros of the first group: ``sparsity(optimizer).regularised``, but where l1 is 0 too."""
-    return Sparsity(sparsity(optimizer).layers[: len(optimizer.param_groups[0]["params"])])
+def confusion_matrix(
+    classifier: Classifier, split: Split, run: Run, device: torch.device
+) -> list[list[int]]:
+    """Images by true class (row) and predicted class (column)."""
+    logits, labels = predict(classifier, split, run, device)
+    matrix: list[list[int]] = multiclass_confusion_matrix(
+        logits, labels, len(classifier.classes)
+    ).tolist()
+    return matrix
 
 
-def _now(device: str) -> float:
-    """The time once the device has done what it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def describe(run: Run, images: Images) -> list[str]:
+    """What will be done, and how overfitting is brought out if it is."""
+    name = f"scikit-learn's {DIGITS}" if run.data == DIGITS else run.data
+    wrong = ""
+    if images.train.wrong:
+        wrong = (
+            f", {images.train.wrong} of them with a label made wrong on purpose (training accuracy "
+            "is measured on the labels as trained on)"
+        )
+    lines = [
+        f"images: {name}, {len(images.classes)} classes, {run.image_size} px, seed {run.seed}",
+        f"trained on: {len(images.train)} images{wrong}",
+        f"tested on: {len(images.test)} images, no label changed",
+        f"training: l1 {run.l1:g}, weight decay {run.weight_decay:g}, lr {run.lr:g}, momentum "
+        f"{run.momentum:g}, {run.epochs} epochs of {len(images.train) // run.batch_size} steps, "
+        f"batch {run.batch_size}",
+    ]
+    return [*lines, *images.notes]
+
+
+def made_with() -> dict[str, Any]:
+    """Versions and machine, for reports."""
+    return {
+        "resnet_reg_ext": __version__,
+        "torch": torch.__version__,
+        "lightning": version("lightning"),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
+def _counts(images: Images) -> dict[str, Any]:
+    return {
+        "classes": list(images.classes),
+        "train_images": len(images.train),
+        "wrong_labels": images.train.wrong,
+        "test_images": len(images.test),
+    }
+
+
+def _divisor(epochs: int, at_most: int) -> int:
+    """The evaluation interval: one that the last epoch is a multiple of."""
+    return next(n for n in range(min(at_most, epochs), 0, -1) if epochs % n == 0)
+
+
+def _processes(run: Run) -> dict[str, Any]:
+    """The Trainer's arguments; torchrun has decided on its own how many processes there are."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return {"devices": run.devices, "strategy": run.strategy}
+    here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    return {"devices": here, "num_nodes": everywhere // here, "strategy": "ddp"}
+
+
+def _check_machine(run: Run) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", run.devices))
+    if run.batch_size % processes:
+        raise RecipeError(
+            f"--batch-size {run.batch_size} can't be shared evenly by {processes} processes"
+        )
+    gpus = torch.cuda.device_count()
+    if run.accelerator == "gpu" and gpus < run.devices:
+        raise RecipeError(f"--accelerator gpu: {run.devices} wanted, torch finds {gpus}")
+
+
+def _check_resumable(last: Path, images: Images) -> None:
+    checkpoint = load_checkpoint(last)
+    if "optimizer_states" not in checkpoint:
+        raise RecipeError(f"{last} holds the weights of a finished run: nothing to resume")
+    if tuple(checkpoint["classes"]) != images.classes:
+        raise RecipeError(
+            f"{last} has the classes {', '.join(checkpoint['classes'])}, but the data "
+            f"{', '.join(images.classes)}"
+        )
+
+
+def _be_quiet() -> None:
+    """Leaves out what Lightning tells about itself, and advice that doesn't apply here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        # The order of images depends on seed and epoch alone: any step can be resumed from.
+        ".*your dataloader is not resumable.*",
+        ".*does not have many workers.*",
+        # Frozen stages are in evaluation mode on purpose.
+        ".*module\\(s\\) in eval mode.*",
+        ".*It is recommended to use `sync_dist=True`.*",
+        # DDP and 1x1 kernels: the strides differ where the size is 1.
+        ".*Grad strides do not match bucket view strides.*",
+        ".*GPU available but not used.*",
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", message)

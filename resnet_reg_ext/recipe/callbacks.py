@@ -1,0 +1,233 @@
+"""What happens around the steps: progress, history, checkpoints, stopping."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+from tqdm import tqdm
+
+from .files import RecipeError, aside
+from .model import Classifier, regularised
+
+METRICS = ("accuracy", "loss", "f1")
+
+
+class Stopped(Exception):
+    """A signal stopped the run after a step, and a checkpoint was written."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number, self.folder = number, folder
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints beside their place and renames them, so that none is ever half there."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Writes one; a full disk leaves the former file."""
+        try:
+            with aside(Path(path)) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            # torch turns a write that fails into a RuntimeError of its own.
+            cause = error if isinstance(error, OSError) else error.__context__
+            reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
+            raise RecipeError(f"can't write {path}: {reason}") from None
+
+
+class StopOnSignal(Callback):
+    """Ctrl-C and SIGTERM stop after the step under way, with a checkpoint to go on from.
+
+    A second signal stops at once.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self.received = 0
+        self.before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the signals over."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Stops if a signal came, in all processes after the same step."""
+        # After an epoch's last step its evaluation comes first, else it would be left out.
+        if trainer.is_last_batch:
+            return
+        received = trainer.strategy.reduce_boolean_decision(self.received > 0, all=False)
+        if received:
+            trainer.save_checkpoint(self.checkpoint)
+            raise Stopped(self.received or signal.SIGTERM, self.checkpoint.parent)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Gives the signals back."""
+        self._give_back()
+
+
+class Checkpoints(Callback):
+    """Keeps the last state after each epoch that is evaluated, and the best weights.
+
+    Args:
+        folder: where ``last.ckpt`` (to resume from) and ``best.ckpt`` (weights alone) go.
+        best: whether to keep the best, that of the lowest test loss.
+    """
+
+    def __init__(self, folder: Path, *, best: bool) -> None:
+        self.folder, self.best = folder, best
+        self.lowest: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"lowest": self.lowest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.lowest = state_dict["lowest"]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes what is due."""
+        if not evaluated(trainer):
+            return
+        loss = float(trainer.callback_metrics["test_loss"])
+        if self.best and (self.lowest is None or loss < self.lowest):
+            self.lowest = loss
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+
+
+def evaluated(trainer: pl.Trainer) -> bool:
+    """Whether the epoch that ends was evaluated."""
+    every = trainer.check_val_every_n_epoch or 1
+    return (trainer.current_epoch + 1) % every == 0
+
+
+class History(Callback):
+    """What each evaluation measured, and how long steps took."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.step_times: list[float] = []
+        self.started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.rows = state_dict["rows"]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Notes the time."""
+        self.started = _now(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Forward, backward and the optimizer are behind."""
+        self.step_times.append(_now(pl_module) - self.started)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adds a row."""
+        if trainer.sanity_checking:
+            return
+        row = {"epoch": float(trainer.current_epoch + 1)}
+        for name in (*(f"{s}_{m}" for s in ("train", "test") for m in METRICS), "zeros"):
+            row[name] = float(trainer.callback_metrics[name])
+        self.rows.append(row)
+
+    @property
+    def step_ms(self) -> float:
+        """Median time of a step."""
+        return 1000 * median(self.step_times) if self.step_times else 0.0
+
+
+def _now(module: pl.LightningModule) -> float:
+    """The time once the device has done what it was given."""
+    if module.device.type == "cuda":
+        torch.cuda.synchronize(module.device)
+    return time.perf_counter()
+
+
+class Progress(Callback):
+    """One bar over all steps, with loss, accuracy, zeros and the time left."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: tqdm[Any] | None = None
+        self.zeros = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Opens the bar."""
+        if trainer.is_global_zero:
+            self.bar = tqdm(
+                total=int(trainer.estimated_stepping_batches),
+                initial=trainer.global_step,
+                desc=self.name,
+                unit="step",
+                # A log file gets a line now and then, a terminal gets a moving bar.
+                mininterval=0.5 if sys.stderr.isatty() else 15,
+            )
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Counts zeros, which takes about as long as reading all weights."""
+        assert isinstance(pl_module, Classifier)
+        if self.bar is not None:
+            self.zeros = regularised(pl_module).fraction
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Moves the bar."""
+        if self.bar is None:
+            return
+        loss, accuracy = (float(trainer.callback_metrics[n]) for n in ("loss", "accuracy"))
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, accuracy {accuracy:.2f}, zeros {self.zeros:.0%}", refresh=False
+        )
+        self.bar.update()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints what was measured, for those who read a log."""
+        if self.bar is None or not evaluated(trainer):
+            return
+        measured = trainer.callback_metrics
+        tqdm.write(
+            f"  epoch {trainer.current_epoch + 1}: "
+            f"accuracy {measured['train_accuracy']:.3f} train, "
+            f"{measured['test_accuracy']:.3f} test; test loss {measured['test_loss']:.3f}; "
+            f"zeros {measured['zeros']:.1%}"
+        )
+        sys.stdout.flush()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Closes the bar."""
+        if self.bar is not None:
+            self.bar.close()

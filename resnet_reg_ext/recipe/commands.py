@@ -1,0 +1,173 @@
+"""``resnet-reg train``, ``compare``, ``path`` and ``evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import compare, evaluate
+from .callbacks import Stopped
+from .data import SPLITS
+from .files import RecipeError
+from .settings import Run, add_run_options, config_arguments, in_range, run_from
+from .train import is_first_process, train
+
+# Chosen so that the unregularised ResNet-50 overfits visibly within minutes: docs/recipe.md.
+COMPARED = Run(label_noise=0.3, l1=3e-3, weight_decay=3e-3)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"{message} ({self.prog} --help)")
+
+
+def main(command: str, arguments: Sequence[str]) -> int:
+    """Runs one of the commands; returns its exit code: 0, 2 on bad input, 128 + a signal."""
+    try:
+        _COMMANDS[command](list(arguments))
+    except RecipeError as error:
+        return _say(f"resnet-reg {command}: {error}", 2)
+    except Stopped as stopped:
+        return _say(
+            f"\nstopped by {stopped} after a whole step; to go on: "
+            f"resnet-reg {command} --resume {stopped.folder}",
+            128 + stopped.number,
+        )
+    except KeyboardInterrupt:
+        return _say(f"resnet-reg {command}: interrupted", 130)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(f"resnet-reg {command}: {where}{error.strerror or error}", 2)
+    return 0
+
+
+def _say(text: str, code: int) -> int:
+    if is_first_process():
+        print(text, file=sys.stderr)
+    return code
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    return _Parser(prog=f"resnet-reg {command}", allow_abbrev=False)
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parses options; those of ``--config`` come first, so that the command line's win."""
+    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    config = finder.parse_known_args(arguments)[0].config
+    if config:
+        arguments = [*config_arguments(config, parser), *arguments]
+    return parser.parse_args(arguments)
+
+
+def _add_out(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path(default), help="output folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="DIR",
+        help="go on with the interrupted output folder DIR, as its settings say; "
+        "no other option may be given",
+    )
+
+
+def _settle(
+    parser: argparse.ArgumentParser, arguments: list[str], options_file: str
+) -> argparse.Namespace:
+    """Options as given, or those of the folder to resume."""
+    args = _parse(parser, arguments)
+    if args.resume is None:
+        return args
+    folder = args.resume
+    if len(arguments) > (1 if arguments[0].startswith("--resume=") else 2):
+        raise RecipeError("--resume DIR takes all settings from DIR: give no other option")
+    if not (folder / options_file).is_file():
+        raise RecipeError(f"nothing to resume in {folder}: it has no {options_file}")
+    args = _parse(parser, ["--config", str(folder / options_file)])
+    args.resume, args.out = folder, folder
+    return args
+
+
+def _train(arguments: list[str]) -> None:
+    parser = _parser("train")
+    add_run_options(parser, Run())
+    _add_out(parser, "out/train")
+    args = _settle(parser, arguments, "run.yaml")
+    result = train(run_from(args), args.out, resume=args.resume is not None)
+    if is_first_process():
+        print(f"\n{compare.table({'run': [result]})}")
+        names = ("run.yaml", "result.json", "best.ckpt", "last.ckpt", "csv", "tensorboard")
+        _list_files([args.out / name for name in names])
+
+
+def _compare(arguments: list[str]) -> None:
+    parser = _parser("compare")
+    add_run_options(parser, COMPARED)
+    parser.add_argument(
+        "--seeds", type=in_range(int, 1), default=1, help="how many, from --seed on (default: 1)"
+    )
+    _add_out(parser, "out/compare")
+    args = _settle(parser, arguments, "compare.yaml")
+    _list_files(compare.compare(run_from(args), args.seeds, args.out, args.resume is not None))
+
+
+def _path(arguments: list[str]) -> None:
+    parser = _parser("path")
+    add_run_options(parser, COMPARED, l1=False)
+    parser.add_argument(
+        "--l1",
+        type=in_range(float, 0),
+        nargs="+",
+        default=[0.0, 1e-3, 3e-3, 1e-2],
+        help="coefficients, each larger than the one before (default: 0 0.001 0.003 0.01)",
+    )
+    parser.add_argument(
+        "--seeds", type=in_range(int, 1), default=1, help="how many, from --seed on (default: 1)"
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="start each alike, not from the one before"
+    )
+    _add_out(parser, "out/path")
+    args = _settle(parser, arguments, "path.yaml")
+    if args.l1 != sorted(set(args.l1)):
+        raise RecipeError(f"--l1 must increase, got {' '.join(f'{v:g}' for v in args.l1)}")
+    _list_files(
+        compare.path(
+            run_from(args, l1=0.0),
+            args.l1,
+            args.seeds,
+            args.out,
+            cold=args.cold,
+            resume=args.resume is not None,
+        )
+    )
+
+
+def _evaluate(arguments: list[str]) -> None:
+    parser = _parser("evaluate")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--data", help="as of `train` (default: what it was trained on)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
+    parser.add_argument("--corrupt", choices=("refuse", "skip"), default="refuse")
+    parser.add_argument("--out", type=Path, default=Path("out/evaluate"), help="output folder")
+    args = parser.parse_args(arguments)
+    _list_files(evaluate.evaluate(args.checkpoint, args.data, args.split, args.corrupt, args.out))
+
+
+def _list_files(paths: Sequence[Path]) -> None:
+    if is_first_process():
+        print("\nWritten:", *paths, sep="\n  ")
+
+
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "compare": _compare,
+    "path": _path,
+    "evaluate": _evaluate,
+}

@@ -1,0 +1,273 @@
+"""The ResNet-50, where its weights come from, and how it is trained with ProxSGD."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchvision.models import ResNet50_Weights, resnet50
+
+from .. import ProxSGD, Sparsity, param_groups, sparsity
+from .files import RecipeError
+from .settings import STAGES, Run
+
+
+class Classifier(pl.LightningModule):
+    """A ResNet-50 classifier trained with ``ProxSGD``: the part to copy.
+
+    Args:
+        run: the hyperparameters.
+        classes: class names, in the order of the labels.
+    """
+
+    def __init__(self, run: Run, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.run, self.classes = run, tuple(classes)
+        torch.manual_seed(run.seed)
+        # Residual branches that start at zero: from scratch it learns in tens of steps.
+        self.model = resnet50(num_classes=len(classes), zero_init_residual=True)
+        self.model.to(memory_format=torch.channels_last)
+        self.frozen = freeze(self.model, run.freeze)
+        # Two sets are measured after an epoch: the training images and the test images.
+        count = len(classes)
+        self.scores = nn.ModuleList(
+            MetricCollection(
+                {
+                    "accuracy": MulticlassAccuracy(count, average="micro"),
+                    "f1": MulticlassF1Score(count, average="macro"),
+                },
+                prefix=f"{name}_",
+            )
+            for name in ("train", "test")
+        )
+        self.losses = nn.ModuleList([MeanMetric(), MeanMetric()])
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """``ProxSGD``; norms and biases are in a group of their own that is not regularised."""
+        groups = param_groups(self.model, l1=self.run.l1, weight_decay=self.run.weight_decay)
+        optimizer = ProxSGD(groups, lr=self.run.lr, momentum=self.run.momentum)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (count, classes) of images (count, 3, h, w)."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        """The loss of a batch. The L1 and L2 terms are not in it: the optimizer minimises them."""
+        images, labels = batch
+        logits = self(images)
+        loss = cross_entropy(logits, labels)
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        self.log("loss", loss, on_step=True)
+        self.log("accuracy", accuracy, on_step=True)
+        return loss
+
+    def on_validation_start(self) -> None:
+        """Takes process 0's batch-norm statistics in all processes."""
+        if self.trainer.world_size > 1:
+            for statistic in self.model.buffers():
+                torch.distributed.broadcast(statistic, src=0)
+
+    def validation_step(
+        self, batch: tuple[Tensor, Tensor], _: int, dataloader_idx: int = 0
+    ) -> None:
+        """Measures a batch of the training images (0) or of the test images (1)."""
+        images, labels = batch
+        logits = self(images)
+        self.scores[dataloader_idx].update(logits, labels)  # type: ignore[operator]
+        losses = cross_entropy(logits, labels, reduction="none")
+        self.losses[dataloader_idx].update(losses)  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs what was measured."""
+        for name, scores, loss in zip(("train", "test"), self.scores, self.losses, strict=True):
+            assert isinstance(scores, MetricCollection)
+            assert isinstance(loss, MeanMetric)
+            self.log_dict(scores.compute())
+            self.log(f"{name}_loss", loss.compute())
+            scores.reset()
+            loss.reset()
+        self.log("zeros", regularised(self).fraction)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As usual, but frozen stages keep their batch-norm statistics."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what ``load_classifier`` needs."""
+        checkpoint["run"] = asdict(self.run)
+        checkpoint["classes"] = list(self.classes)
+
+
+def freeze(model: nn.Module, stage: str) -> list[nn.Module]:
+    """Freezes the parameters from the input up to a stage; returns the modules frozen."""
+    last = STAGES.index(stage)
+    names = [name for s in STAGES[1 : last + 1] for name in ([s, "bn1"] if s == "conv1" else [s])]
+    modules = [model.get_submodule(name) for name in names]
+    for module in modules:
+        module.requires_grad_(False)
+    return modules
+
+
+def regularised(classifier: Classifier) -> Sparsity:
+    """The exact zeros of the weights that L1 acts on, or would at ``l1 > 0``."""
+    group, *_ = param_groups(classifier.model)
+    names = {name for name, parameter in group["params"] if parameter.requires_grad}
+    return Sparsity(tuple(la for la in sparsity(classifier.model).layers if la.name in names))
+
+
+def load_weights(classifier: Classifier, source: str) -> str:
+    """Fills in initial weights.
+
+    Args:
+        classifier: whose model gets them.
+        source: "none", "imagenet" (torchvision's, downloaded once), or a file with a state dict
+            of torchvision's ResNet-50 or a checkpoint of this recipe.
+
+    Returns:
+        What was done, for the user.
+
+    Raises:
+        RecipeError: they can't be read, or are another architecture's.
+    """
+    if source == "none":
+        return "initial weights: random"
+    if source == "imagenet":
+        weights = ResNet50_Weights.DEFAULT
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise RecipeError(
+                f"can't download ImageNet weights from {weights.url} ({error}); fetch the file "
+                "elsewhere and give --weights FILE"
+            ) from None
+        source = f"ImageNet ({weights})"
+    else:
+        state = read_state(Path(source))
+    own = classifier.model.state_dict()
+    head = [name for name in ("fc.weight", "fc.bias") if _shape(state, name) != own[name].shape]
+    misfits = sorted(set(own) ^ set(state)) + [
+        name
+        for name in own
+        if name in state and name not in head and _shape(state, name) != own[name].shape
+    ]
+    misfits = [name for name in misfits if not name.endswith("num_batches_tracked")]
+    if misfits:
+        raise RecipeError(
+            f"--weights {source} is not a ResNet-50's state dict as torchvision names it: "
+            f"{misfits[0]} is missing, unknown or of another shape"
+        )
+    # load_state_dict converts half precision.
+    classifier.model.load_state_dict(
+        {name: value for name, value in state.items() if name not in head}, strict=False
+    )
+    classes = len(classifier.classes)
+    if not head:
+        return f"initial weights: {source}, with its class head (its {classes} classes fit)"
+    return (
+        f"initial weights: {source}; its head for {len(state['fc.bias'])} classes "
+        f"is replaced by a random one for {classes}"
+    )
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return state[name].shape if name in state else None
+
+
+def read_file(path: Path) -> Any:
+    """What a .safetensors or torch file holds; runs none of its code.
+
+    Raises:
+        RecipeError: it can't be read.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{path} is not a file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise RecipeError(f"can't read {path}: {error.strerror or error}") from None
+    # Each format and each kind of damage has an error of its own.
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise RecipeError(f"{path} holds no weights: {_first_line(error)}") from None
+    except Exception as error:  # safetensors' own class derives from Exception alone
+        raise RecipeError(f"{path} holds no weights: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The ResNet-50's part of a file: its names without a ``model.`` or ``module.`` before them.
+
+    Raises:
+        RecipeError: it can't be read, or holds no tensors by name.
+    """
+    content = read_file(path)
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{path} holds no state dict but a {type(content).__name__}")
+    state: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            state[str(name).removeprefix("module.").removeprefix("model.")] = value
+    if not state:
+        raise RecipeError(f"{path} holds no tensors")
+    return state
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of this recipe, as Lightning wrote it.
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    content = read_file(path)
+    if not isinstance(content, Mapping) or not {"run", "classes", "state_dict"} <= set(content):
+        raise RecipeError(f"{path} is not a checkpoint of `resnet-reg train`")
+    return dict(content)
+
+
+def load_classifier(path: Path) -> Classifier:
+    """The trained model of a checkpoint, ready for evaluation.
+
+    Raises:
+        RecipeError: the file is no checkpoint, or its model has another architecture.
+    """
+    checkpoint = load_checkpoint(path)
+    classifier = Classifier(Run(**checkpoint["run"]), checkpoint["classes"])
+    own, state = classifier.state_dict(), checkpoint["state_dict"]
+    for name in sorted(set(own) ^ set(state)):
+        raise RecipeError(f"{path} is not a ResNet-50's: {name} is missing or unknown")
+    for name, value in own.items():
+        if state[name].shape != value.shape:
+            raise RecipeError(
+                f"{path} is another architecture's or class count's: {name} is "
+                f"{tuple(state[name].shape)}, not {tuple(value.shape)}"
+            )
+    classifier.load_state_dict(state)
+    return classifier.eval()
