@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import struct
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from ptx import Arena, compile_ptx, contractable, floats, launch, list_kernels, parse
+from ptx import Arena, launch, parse
 from ptx.snippets import module, run
 
 Array = np.ndarray
@@ -319,100 +317,3 @@ def test_bounds_on_threads_are_kept():
         launch(parse(text.format("maxntid")), "k", 1, 65, b"", Arena())
     with pytest.raises(ValueError, match="requires blocks"):
         launch(parse(text.format("reqntid")), "k", 1, 32, b"", Arena())
-
-
-# ---- the project's kernel ------------------------------------------------------------------------
-
-KERNEL = Path(__file__).parents[2] / "csrc" / "cuda" / "kernel.cu"
-FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-lineinfo")
-THREADS = 256
-UNIT = 16
-UNITS_PER_BLOCK = 4 * THREADS
-
-
-ALL_ONES = 2**32 - 1
-
-
-class Coefficients(NamedTuple):
-    """`Coefficients<float>` of csrc/prox_sgd_math.h: Nesterov momentum and coupled weight decay."""
-
-    minus_lr: float = -0.1
-    momentum: float = 0.9
-    one_minus_dampening: float = 0.8
-    weight_decay: float = 1e-2
-    lookahead: float = 0.9
-    threshold: float = 0.05
-    scale: float = 1.0
-    ascent: int = 0
-    decay_mask: int = ALL_ONES
-    lookahead_mask: int = ALL_ONES
-    lookahead_sign: int = 0
-    shrink_mask: int = ALL_ONES
-    mode: int = 2  # running
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    return parse(compile_ptx(KERNEL, "compute_90", FLAGS))
-
-
-def parameters(tensors: list[tuple], size: int) -> bytes:
-    """`Parameters<float>` of csrc/cuda/kernel.h."""
-    unit, entries = 0, b""
-    for p, g, m, numel in tensors:
-        entries += struct.pack("<QQQqq", p.address, g.address, m.address, numel, unit)
-        unit += -(-numel * 4 // UNIT)
-    head = struct.pack("<7f6I4xqq", *Coefficients(), unit, len(tensors))
-    assert (size - len(head)) % 40 == 0 <= 32_764 - size < 40, "the structs have changed"
-    return (head + entries).ljust(size, b"\0")
-
-
-def expected_update(p: Array, g: Array, m: Array) -> tuple[Array, Array]:
-    c = Coefficients(*(np.full(1, x, np.float32) for x in Coefficients()))
-    d = floats.fma32(c.weight_decay, p, g)
-    m = floats.fma32(c.one_minus_dampening, d, floats.multiply(c.momentum, m))
-    v = floats.fma32(c.minus_lr, floats.fma32(c.momentum, m, d), p)
-    inside = np.where(np.isnan(v), v, np.float32(0))
-    with np.errstate(invalid="ignore"):
-        p = np.where(v < -c.threshold, v + c.threshold, inside)
-        return np.where(v > c.threshold, v - c.threshold, p), m
-
-
-SIZES = [1, 3, 4, 5, 255, 1024, 1027, 4095, 4096, 4097, 12_289]
-
-
-@pytest.mark.parametrize("skew", [0, 4])
-def test_the_float32_kernel_bit_by_bit(kernels, skew):
-    generator = np.random.default_rng(skew)
-    arena = Arena()
-    tensors, data = [], []
-    for i, n in enumerate(SIZES):
-        p, g, m = generator.standard_normal((3, n)).astype(np.float32)
-        p[::7] = 0
-        g[::11] = [np.nan, np.inf, 0.0, -0.0][i % 4]
-        memory = [
-            arena.allocate(4 * n, skew=skew if i % 2 else 0, name=f"{name}{i}", data=x, writable=w)
-            for name, x, w in (("p", p, True), ("g", g, False), ("m", m, True))
-        ]
-        tensors.append((*memory, n))
-        data.append((p, g, m))
-    size = kernels.kernels["prox_sgd_float32"].parameter_bytes
-    units = sum(-(-n * 4 // UNIT) for n in SIZES)
-    params = parameters(tensors, size)
-    grid = -(-units // UNITS_PER_BLOCK)
-    result = launch(kernels, "prox_sgd_float32", grid, THREADS, params, arena)
-    result.raise_if_findings()
-    assert not arena.check_guards()
-    assert result.counts.load.bytes == 12 * sum(SIZES)
-    assert result.counts.store.bytes == 8 * sum(SIZES)
-    for (p, _, m, n), before in zip(tensors, data, strict=True):
-        for allocation, right in zip((p, m), expected_update(*before), strict=True):
-            after = arena.read(allocation.address, 4 * n).view(np.float32)
-            number = ~np.isnan(right)
-            assert (np.isnan(after) == ~number).all()
-            assert (after.view(np.uint32)[number] == right.view(np.uint32)[number]).all()
-
-
-def test_the_kernels_leave_no_rounding_open(kernels):
-    assert len(list_kernels(kernels)) == 4
-    assert not any(contractable(kernel) for kernel in kernels.kernels.values())
