@@ -364,11 +364,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_former(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    "module", ["lightning.pytorch", "torchmetrics", "yaml", "sklearn.datasets"]
-)
-def test_a_missing_extra_is_named(module, tmp_path):
-    code = f"import sys; sys.modules[{module!r}] = None; from resnet_reg_ext import cli; "
+def test_a_missing_extra_is_named(tmp_path):
+    code = "import sys; sys.modules['lightning'] = None; from resnet_reg_ext import cli; "
     code += "sys.exit(cli.main(['train']))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False

@@ -284,7 +284,7 @@ def _be_quiet() -> None:
         ".*does not have many workers.*",
         # Frozen stages are in evaluation mode on purpose.
         ".*module\\(s\\) in eval mode.*",
-        ".*It is recommended to use `sync_dist=True`.*",
+        ".*sync_dist=True.*",
         # DDP and 1x1 kernels: the strides differ where the size is 1.
         ".*Grad strides do not match bucket view strides.*",
         ".*GPU available but not used.*",
