@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .files import aside
 
@@ -48,7 +49,7 @@ def training_curves(results: Results, path: Path, subtitle: str) -> Path:
                     axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if metric == "accuracy":
             axes.set(ylabel="accuracy", ylim=(0, 1.03))
         else:
@@ -140,7 +141,7 @@ def confusion(
     for axes in list(grid.flat)[len(matrices) :]:
         axes.set_visible(False)
     figure.colorbar(image, ax=grid, label="share of the true class", shrink=0.8)
-    return _save(figure, path, "Confusion matrix, counts of test images", subtitle)
+    return _save(figure, path, "Confusion matrix, counts of images", subtitle)
 
 
 def features(

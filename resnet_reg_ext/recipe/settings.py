@@ -33,9 +33,9 @@ class Run:
     freeze: str = "none"
     l1: float = 0.0
     weight_decay: float = 0.0
-    lr: float = 0.05
+    lr: float = 0.02
     momentum: float = 0.9
-    epochs: int = 30
+    epochs: int = 20
     batch_size: int = 20
     image_size: int = 32
     augment: str = "none"
