@@ -244,7 +244,7 @@ class Keep(Callback):
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    train(Run(train_size=40, test_size=21, batch_size=10, image_size=16, epochs=2, l1=1e-2,
+    train(Run(train_size=30, test_size=21, batch_size=10, image_size=16, epochs=1, l1=1e-2,
               devices=2, strategy="ddp", accelerator="cpu"), out, callbacks=[Keep()])
 """
 

@@ -163,10 +163,11 @@ def train(
         confusion_matrix(classifier, images.test, run, trainer.strategy.root_device),
         made_with(),
     )
-    if not keep_best:
-        trainer.save_checkpoint(last, weights_only=True)
+    # In this order: what has no result yet can still be resumed.
     if is_first_process():
         result.save(out)
+    if not keep_best:
+        trainer.save_checkpoint(last, weights_only=True)
     return result
 
 
