@@ -176,10 +176,11 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Logits (count, classes) and labels (count,) of a split, on the CPU."""
     classifier.to(device).eval()
+    dtype = classifier.model.fc.weight.dtype  # float64 with --precision 64-true
     logits, labels = [], []
     with torch.inference_mode():
         for images, truth in evaluation_loader(split, run):
-            logits.append(classifier(images.to(device)).float().cpu())
+            logits.append(classifier(images.to(device, dtype)).float().cpu())
             labels.append(truth)
     return torch.cat(logits), torch.cat(labels)
 
