@@ -24,7 +24,7 @@ def _save(figure: Any, path: Path, title: str, subtitle: str) -> Path:
     # The layout keeps room for a figure's title, not for free text.
     figure.suptitle(f"{title}\n{subtitle}", fontsize=10)
     with aside(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.savefig(temporary, dpi=96, format="png", pil_kwargs={"optimize": True})
     return path
 
 
@@ -57,6 +57,8 @@ def training_curves(results: Results, path: Path, subtitle: str) -> Path:
             axes.set(ylabel="cross-entropy (log scale)", yscale="log")
             axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     title = "Training images (dashed) and test images (solid) after each evaluated epoch"
+    if any(len(runs) > 1 for runs in results.values()):
+        title += "; shaded: from the lowest to the highest seed"
     return _save(figure, path, title, subtitle)
 
 
