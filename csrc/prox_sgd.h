@@ -60,7 +60,7 @@ struct Options {
   bool nesterov;
   bool maximize;
   bool proximal;      // l2_mode="proximal"; coupled otherwise
-  bool frozen_zeros;  // what is 0 stays 0
+  bool frozen_zeros;  // what is 0 stays 0, and l1 is not applied
   float grad_scale;   // gradients are divided by it, and multiplied by the coefficient
   float grad_coefficient;
   bool first;  // the bucket's first step: its momentum buffers hold nothing yet

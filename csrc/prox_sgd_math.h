@@ -276,7 +276,7 @@ struct Coefficients {
   uint32_t lookahead_mask;  // nesterov: all ones
   uint32_t lookahead_sign;  // the sign bit where nesterov is off
   uint32_t shrink_mask;     // threshold not 0: all ones
-  uint32_t frozen_zeros;    // not 0: what is 0 stays 0
+  uint32_t frozen_zeros;    // not 0: what is 0 stays 0, and there is no threshold
   Momentum mode;
 };
 
@@ -294,7 +294,7 @@ struct Varying {
 template <typename C>
 PROX_SGD_HD void set(Coefficients<C>& c, const Varying& v) {
   c.minus_lr = static_cast<C>(-v.lr);
-  c.threshold = static_cast<C>(mul_(v.lr, mul_(v.l1, v.gain)));
+  c.threshold = c.frozen_zeros ? C(0) : static_cast<C>(mul_(v.lr, mul_(v.l1, v.gain)));
   c.shrink_mask = c.threshold != C(0) ? 0xffffffffu : 0;
   c.scale = static_cast<C>(div_(1.0, add_(1.0, mul_(v.lr, mul_(v.proximal_decay, v.gain)))));
   c.grad_factor =
@@ -306,8 +306,7 @@ PROX_SGD_HD void set(Coefficients<C>& c, const Varying& v) {
 // f(w) + l1 |w|_1 + weight_decay/2 |w|^2 and not that of another l1.
 inline Varying varying(const Options& o) {
   const double k = o.momentum == 0.0 ? 1.0 : (1.0 - o.dampening) / (1.0 - o.momentum);
-  return {o.lr,         o.frozen_zeros ? 0.0 : o.l1, k, o.proximal ? o.weight_decay : 0.0,
-          o.grad_scale, o.grad_coefficient};
+  return {o.lr, o.l1, k, o.proximal ? o.weight_decay : 0.0, o.grad_scale, o.grad_coefficient};
 }
 
 template <typename C>
@@ -317,6 +316,7 @@ Coefficients<C> coefficients(const Options& o) {
   const bool coupled = !o.proximal && o.weight_decay != 0.0;
   const bool nesterov = o.nesterov && o.momentum != 0.0;
   Coefficients<C> c{};
+  c.frozen_zeros = o.frozen_zeros ? 1 : 0;
   set(c, varying(o));
   c.momentum = static_cast<C>(o.momentum);
   c.one_minus_dampening = static_cast<C>(1.0 - o.dampening);
@@ -326,7 +326,6 @@ Coefficients<C> coefficients(const Options& o) {
   c.decay_mask = coupled ? all : 0;
   c.lookahead_mask = nesterov ? all : 0;
   c.lookahead_sign = nesterov ? 0 : sign;
-  c.frozen_zeros = o.frozen_zeros ? 1 : 0;
   c.mode = o.mode();
   return c;
 }

@@ -148,8 +148,6 @@ def hyperparameters(
         group["l2_mode"] == "proximal",
         bool(group["frozen_zeros"]),
     )
-    if h.frozen_zeros:
-        h = h._replace(l1=0.0)
     if h.lr * max(h.l1, h.weight_decay) * h.gain > _FLOAT32_MAX:
         raise ValueError(
             f"{where}lr {h.lr}, l1 {h.l1} and weight_decay {h.weight_decay} with momentum "
@@ -640,7 +638,7 @@ def _update_in_(
 ) -> None:
     """The update on tensors of the compute type. ``add(alpha=)`` rounds once: it is an fma."""
     k = h.gain
-    threshold = _rounded(h.lr * (h.l1 * k), dtype)
+    threshold = 0.0 if h.frozen_zeros else _rounded(h.lr * (h.l1 * k), dtype)
     factor = _rounded(_rounded(1 / h.grad_scale, dtype) * h.grad_coefficient, dtype)
     frozen = [t == 0 for t in p] if h.frozen_zeros else []
     d = torch._foreach_neg(g) if h.maximize else g

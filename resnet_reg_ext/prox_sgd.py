@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -71,8 +72,9 @@ class ProxSGD(Optimizer):
             tensor is then followed by the graph, and what would need the host to wait raises
             (default: False).
         master_weights: keep a float32 copy of bfloat16 and float16 parameters, on which the update
-            is made; the parameter is what it rounds to. Without it a bfloat16 weight stays where it
-            is if a step is less than 1/512 of it (default: False).
+            is made; the parameter is what it rounds to. A parameter that is changed in another way
+            goes back to its copy's value at the next step. Without it a bfloat16 weight stays
+            where it is if a step is less than 1/512 of it (default: False).
         momentum_dtype: the dtype of the momentum buffers: None is the parameter's, or float32 with
             master weights; ``torch.bfloat16`` with float32 parameters saves 4 of the 20 bytes an
             element that a step moves (default: None).
@@ -211,6 +213,8 @@ class ProxSGD(Optimizer):
         params = [(group, p) for group in self.param_groups for p in group["params"]]
         for (group, param), saved_id in zip(params, saved_ids, strict=True):
             state = self.state.get(param, {})
+            if not group["master_weights"]:
+                state.pop("master_weight", None)
             for key, dtype in (
                 ("momentum_buffer", _momentum_dtype(group, param)),
                 ("master_weight", torch.float32),
@@ -328,6 +332,10 @@ class ProxSGD(Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if grad_coefficient is not None and not isinstance(grad_coefficient, Tensor):
+            if not isinstance(grad_coefficient, numbers.Real):
+                raise ValueError(
+                    f"ProxSGD: grad_coefficient is {grad_coefficient!r}: must be a number"
+                )
             grad_coefficient = torch.tensor(float(grad_coefficient))
         if grad_coefficient is not None and grad_coefficient.numel() != 1:
             raise ValueError(

@@ -57,11 +57,10 @@ def test_the_scale_is_divided_out_before_weight_decay_and_threshold(fused):
     p = parameter(1000, 0)
     optimizer = ProxSGD([p], 0.1, l1=0.05, weight_decay=0.1, fused=fused)
     w, m = p.detach().numpy().copy(), None
-    scaler = torch.amp.GradScaler("cpu", 48.0, enabled=True)
     for step in range(3):
         g = randn(1000, 7 + step)
         p.grad = g * 48.0
-        scaler.scale(torch.zeros(1))  # makes the scale's tensor
+        # What a GradScaler sets; its own scales are powers of two, which divide exactly.
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(48.0), torch.tensor(0.0)
         optimizer.step()
         w, m = reference.step(
@@ -116,6 +115,18 @@ def test_a_coefficient_must_be_a_number():
     optimizer = ProxSGD([parameter(5, 0)])
     with pytest.raises(ValueError, match=r"grad_coefficient is a tensor of shape \(2,\)"):
         optimizer.step(grad_coefficient=torch.ones(2))
+    with pytest.raises(ValueError, match="grad_coefficient is 'half': must be a number"):
+        optimizer.step(grad_coefficient="half")
+
+
+def test_a_master_weight_that_the_live_options_do_not_ask_for_is_dropped():
+    p = parameter(5, 0, torch.bfloat16)
+    with_master, without = ProxSGD([p], master_weights=True), ProxSGD([p])
+    p.grad = torch.ones_like(p)
+    with_master.step()
+    without.load_state_dict(with_master.state_dict())
+    assert set(without.state[p]) == {"momentum_buffer"}
+    assert without.state[p]["momentum_buffer"].dtype is torch.bfloat16
 
 
 # ---- master weights and the momentum's dtype ----------------------------------------------------

@@ -198,7 +198,7 @@ __device__ __forceinline__ Coefficients<C> coefficients_now(const Parameters<C>&
     const DeviceValues& from = parameters.values;
     Varying v = parameters.varying;
     if (from.lr) v.lr = *from.lr;
-    if (from.l1 && !c.frozen_zeros) v.l1 = *from.l1;
+    if (from.l1) v.l1 = *from.l1;
     if (from.grad_scale) v.grad_scale = *from.grad_scale;
     if (from.grad_coefficient) v.grad_coefficient = *from.grad_coefficient;
     set(c, v);
