@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _distributed, _native
 
 L2_MODES = ("coupled", "proximal")
 
@@ -381,10 +382,14 @@ def prepare_prox_sgd(
     index into words for an error. None is returned if ``values`` tell that the step is to be
     skipped; on a CUDA device, the kernel itself may skip it.
     """
-    native = not (fused is False or not _native.available() or torch.compiler.is_compiling())
+    if _distributed.has_dtensors(bucket.params + bucket.grads):
+        parts = _distributed.local_bucket(bucket, name)
+        run = prepare_prox_sgd(parts, h, fused, name, values)
+        return run and partial(_run_on_parts, run, bucket)
+
+    native = not (fused is False or not _native.available())
     if fused and not native:
-        reason = _native.missing or "a step can't be compiled by torch.compile with fused=True"
-        raise RuntimeError(f"fused=True: {reason}; fused=None takes pure PyTorch instead")
+        raise RuntimeError(f"fused=True: {_native.missing}; fused=None takes pure PyTorch instead")
     if values is not None:
         why = ""
         if not native or not bucket.params[0].is_cuda:
@@ -443,6 +448,14 @@ def prepare_prox_sgd(
             return None
         h = known
     return _prepare_mixed(bucket, h, relaid, pure)
+
+
+def _run_on_parts(run: Callable[[], None], bucket: Bucket) -> None:
+    """Runs a step of this process's parts and tells autograd that the whole has changed."""
+    run()
+    for tensors in bucket.changed:
+        if tensors:
+            torch.autograd.graph.increment_version(tensors)
 
 
 def _prepare_mixed(

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import numbers
 import operator
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import NoneType
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import _native
+from . import _distributed, _native
 from .functional import (
     Bucket,
     DeviceValues,
+    Hyperparameters,
     check_state,
     hyperparameters,
     prepare_prox_sgd,
 )
 from .sparsity import Sparsity, sparsity
 
+if TYPE_CHECKING:
+    from ._compiled import Row
+
 _Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+# Compiled code holds a number that stands for its optimizer for as long as that lives.
+optimizers: weakref.WeakValueDictionary[int, ProxSGD] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
 class ProxSGD(Optimizer):
@@ -143,6 +154,15 @@ class ProxSGD(Optimizer):
         }
         _check(defaults, "ProxSGD: ")
         super().__init__(params, defaults)
+        self._prepare_for_compiling()
+
+    def _prepare_for_compiling(self) -> None:
+        """What ``_compiled`` needs; a pickle or a copy doesn't have it."""
+        if "_number" not in self.__dict__:
+            self._number = next(_numbers)
+            optimizers[self._number] = self
+        self._groups_traced: list[dict[str, Any]] = []
+        self._states_traced: list[list[dict[str, Any]]] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, checked first.
@@ -190,6 +210,7 @@ class ProxSGD(Optimizer):
                     if key in _STATE_KEYS and value is not None:
                         check_state(param, value, key, _name(group, index, i))
         super().__setstate__(state)
+        self._prepare_for_compiling()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of a ``ProxSGD`` or a ``torch.optim.SGD``.
@@ -216,7 +237,7 @@ class ProxSGD(Optimizer):
             if not group["master_weights"]:
                 state.pop("master_weight", None)
             for key, dtype in (
-                ("momentum_buffer", _momentum_dtype(group, param)),
+                ("momentum_buffer", momentum_dtype(group, param)),
                 ("master_weight", torch.float32),
             ):
                 if state.get(key) is not None and state[key].dtype is not dtype:
@@ -292,26 +313,27 @@ class ProxSGD(Optimizer):
                 loss = closure()
 
         scaling = self._scaling(grad_coefficient)
+        if torch.compiler.is_compiling():
+            from . import _compiled
+
+            _compiled.step(self, scaling)
+        else:
+            self._step(scaling)
+        return loss
+
+    def _step(self, scaling: DeviceValues | None) -> None:
+        """The step of all groups."""
         runs: list[Callable[[], None]] = []
         created: list[tuple[Tensor, str, Tensor]] = []
         counted: list[_Counted] = []
         states = _StatesInOrder(self.state)
         for index, group in enumerate(self.param_groups):
-            on_device: dict[str, Tensor] = {}
-            h = hyperparameters(group, f"ProxSGD: param_groups[{index}]: ", on_device)
-            values = scaling
-            if on_device:
-                values = (scaling or DeviceValues())._replace(**on_device)
+            h, values = _options(group, index, scaling)
             for bucket, new in _buckets(group, h.momentum != 0, states):
                 if bucket.params[0].is_cuda and not group["capturable"]:
                     self._cuda_graph_capture_health_check()
-                run = prepare_prox_sgd(
-                    bucket,
-                    h,
-                    group["fused"],
-                    partial(_name_of, group, index, bucket.params),
-                    values,
-                )
+                name = partial(_name_of, group, index, bucket.params)
+                run = prepare_prox_sgd(bucket, h, group["fused"], name, values)
                 if run is None:
                     continue
                 runs.append(run)
@@ -325,7 +347,66 @@ class ProxSGD(Optimizer):
             self.state[param][key] = value
         if counted:
             self._counted = [c.with_versions() for c in counted]
-        return loss
+
+    def _step_on(
+        self,
+        rows: list[Row],
+        tensors: dict[int, dict[str, Tensor]],
+        grad_scale: Tensor | None,
+        grad_coefficient: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """The step of all groups on tensors that compiled code hands over.
+
+        They may be copies of the parameters and the state, made by the compiler.
+        """
+        for row in rows:
+            group = self._groups_traced[row.group]
+            param = group["params"][row.position]
+            if (
+                group is not self.param_groups[row.group]
+                or self.state[param] is not self._states_traced[row.group][row.position]
+            ):
+                raise RuntimeError(
+                    "ProxSGD: param_groups or state was replaced since the step was compiled; call "
+                    "torch.compiler.reset()"
+                )
+        scaling = _given(grad_scale, grad_coefficient, found_inf)
+        alike: dict[tuple[int, bool, bool], list[Row]] = {}
+        for row in rows:
+            alike.setdefault((row.group, row.first, row.master is not None), []).append(row)
+        runs = []
+        for (index, first, has_master), members in alike.items():
+            group = {**self.param_groups[index], **tensors.get(index, {})}
+            h, values = _options(group, index, scaling)
+            params, grads, momenta, masters = (
+                [getattr(row, key) for row in members]
+                for key in ("param", "grad", "momentum", "master")
+            )
+            if h.momentum != 0 and momenta[0] is None:
+                raise RuntimeError(
+                    f"ProxSGD: param_groups[{index}]: momentum is {h.momentum}, but was 0 when "
+                    "the step was compiled; compile it again (torch.compiler.reset())"
+                )
+            if params[0].is_cuda and not group["capturable"]:
+                self._cuda_graph_capture_health_check()
+            run = prepare_prox_sgd(
+                Bucket(
+                    params,
+                    grads,
+                    momenta if h.momentum != 0 else None,
+                    masters if has_master else None,
+                    first,
+                ),
+                h,
+                group["fused"],
+                partial(_name_at, self.param_groups[index], index, [r.position for r in members]),
+                values,
+            )
+            if run is not None:
+                runs.append(run)
+        for run in runs:
+            run()
 
     def _scaling(self, grad_coefficient: float | Tensor | None) -> DeviceValues | None:
         """What a GradScaler and the caller say of the gradients; None if nothing."""
@@ -342,16 +423,36 @@ class ProxSGD(Optimizer):
                 f"ProxSGD: grad_coefficient is a tensor of shape {tuple(grad_coefficient.shape)}: "
                 "must be a number"
             )
-        if grad_scale is None and found_inf is None and grad_coefficient is None:
-            return None
-        return DeviceValues(
-            grad_scale=grad_scale, grad_coefficient=grad_coefficient, found_inf=found_inf
-        )
+        return _given(grad_scale, grad_coefficient, found_inf)
 
     def _zeros_known(self) -> dict[Tensor, Tensor]:
         """What the last step counted, for the parameters that are still as it left them."""
         counted: list[_Counted] = self.__dict__.get("_counted", [])
         return {p: zeros for c in counted for p, zeros in c.unchanged()}
+
+
+def _given(
+    grad_scale: Tensor | None, grad_coefficient: Tensor | None, found_inf: Tensor | None
+) -> DeviceValues | None:
+    """What is said of the gradients; None if nothing."""
+    if grad_scale is None and grad_coefficient is None and found_inf is None:
+        return None
+    return DeviceValues(
+        grad_scale=_distributed.whole(grad_scale),
+        grad_coefficient=_distributed.whole(grad_coefficient),
+        found_inf=_distributed.whole(found_inf),
+    )
+
+
+def _options(
+    group: dict[str, Any], index: int, scaling: DeviceValues | None
+) -> tuple[Hyperparameters, DeviceValues | None]:
+    """A group's options, checked, and what a kernel is to read on the device."""
+    on_device: dict[str, Tensor] = {}
+    h = hyperparameters(group, f"ProxSGD: param_groups[{index}]: ", on_device)
+    if on_device:
+        return h, (scaling or DeviceValues())._replace(**on_device)
+    return h, scaling
 
 
 # Options that say how to compute: a checkpoint doesn't change them.
@@ -378,12 +479,16 @@ def _check(group: dict[str, Any], where: str) -> None:
         )
 
 
-def _momentum_dtype(group: dict[str, Any], param: Tensor) -> torch.dtype:
+def has_master(group: dict[str, Any], param: Tensor) -> bool:
+    """Whether a parameter has a float32 copy in the state."""
+    return bool(group["master_weights"]) and param.dtype in _SIXTEEN_BITS
+
+
+def momentum_dtype(group: dict[str, Any], param: Tensor) -> torch.dtype:
     """What a parameter's momentum buffer is stored in."""
     dtype: torch.dtype | None = group["momentum_dtype"]
     if dtype is None or param.dtype is torch.float64:
-        has_master = group["master_weights"] and param.dtype in _SIXTEEN_BITS
-        return torch.float32 if has_master else param.dtype
+        return torch.float32 if has_master(group, param) else param.dtype
     return dtype
 
 
@@ -474,10 +579,10 @@ def _buckets(
         first = momenta is not None and momenta[i] is None
         if momenta is not None and first:
             momenta[i] = torch.empty_like(
-                param, dtype=_momentum_dtype(group, param), requires_grad=False
+                param, dtype=momentum_dtype(group, param), requires_grad=False
             )
             new.append((param, "momentum_buffer", momenta[i]))
-        master = has_masters and param.dtype in _SIXTEEN_BITS
+        master = has_master(group, param)
         if master:
             masters[i] = in_order[i].get("master_weight")
             if masters[i] is None:
@@ -525,6 +630,11 @@ def _name_of(group: dict[str, Any], group_index: int, bucket: list[Tensor], inde
     """The name of a bucket's parameter, for an error."""
     wanted = bucket[index]
     return _name(group, group_index, next(i for i, p in enumerate(group["params"]) if p is wanted))
+
+
+def _name_at(group: dict[str, Any], group_index: int, positions: list[int], index: int) -> str:
+    """The name of the parameter at one of several positions in a group, for an error."""
+    return _name(group, group_index, positions[index])
 
 
 def _name(group: dict[str, Any], group_index: int, index: int) -> str:

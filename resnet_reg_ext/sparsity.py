@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import _distributed
+
 
 @dataclass(frozen=True)
 class LayerSparsity:
@@ -84,7 +86,8 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
     """Counts the exact zeros of a model's or an optimizer's parameters.
 
     Reads every parameter once, but for those that a ``ProxSGD`` with ``track_sparsity`` has counted
-    in its last step; +0 and -0 both count. Shared parameters are counted once.
+    in its last step; +0 and -0 both count. Shared parameters are counted once. Of DTensors each
+    process counts its part, and the counts are summed: all processes must call this.
 
     Args:
         source: a module, or an optimizer, whose groups' ``l1`` is then known too.
@@ -96,7 +99,11 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
     with torch.no_grad():
         # One transfer for all counts, not one for each.
         known: dict[Tensor, Tensor] = getattr(source, "_zeros_known", dict)()
-        counts = [known[p] if p in known else (p.detach() == 0).sum() for _, p, _ in named]
+        counts = [
+            known[p] if p in known else (_distributed.local(p.detach()) == 0).sum()
+            for _, p, _ in named
+        ]
+        counts = _distributed.summed(counts, [p for _, p, _ in named])
         zeros = torch.stack([c.cpu() for c in counts]).tolist() if counts else []
     return Sparsity(
         tuple(

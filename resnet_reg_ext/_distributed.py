@@ -1,0 +1,132 @@
+"""DTensors (FSDP2, tensor parallelism): a step works on each process's own part of them.
+
+The update is elementwise, so the parts need nothing of each other, as long as parameter, gradient
+and state are divided in the same way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .functional import Bucket
+
+
+def _dtensor_type() -> Any:
+    """The class DTensor, or None where nothing has imported it: then there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return None if module is None else module.DTensor
+
+
+def has_dtensors(tensors: Iterable[Tensor]) -> bool:
+    """Whether a DTensor is among the tensors."""
+    dtensor = _dtensor_type()
+    return dtensor is not None and any(
+        issubclass(t, dtensor) for t in set(map(type, tensors)) - {Tensor, torch.nn.Parameter}
+    )
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's part of a DTensor, once it is there; any other tensor itself."""
+    dtensor = _dtensor_type()
+    result: Tensor = tensor
+    if dtensor is not None and isinstance(tensor, dtensor):
+        # Where a collective is under way, its result must be waited for.
+        part = tensor._local_tensor
+        result = part.wait() if hasattr(part, "wait") else part
+    return result
+
+
+def whole(tensor: Any) -> Any:
+    """A DTensor's value as an ordinary tensor, the same in every process; all must take part."""
+    dtensor = _dtensor_type()
+    return tensor.full_tensor() if dtensor is not None and isinstance(tensor, dtensor) else tensor
+
+
+def local_bucket(bucket: Bucket, name: Callable[[int], str]) -> Bucket:
+    """A bucket of this process's parts.
+
+    A gradient divided otherwise than its parameter is redistributed: all processes must take part.
+
+    Raises:
+        ValueError: the gradient or the state of a DTensor can't be divided as the parameter is.
+    """
+    dtensor = _dtensor_type()
+    params: list[Any] = list(bucket.params)
+    grads: list[Any] = list(bucket.grads)
+    states: dict[str, list[Any] | None] = {
+        "momentum_buffer": None if bucket.momenta is None else list(bucket.momenta),
+        "master_weight": None if bucket.masters is None else list(bucket.masters),
+    }
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        operands: dict[str, Any] = {"gradient": grad}
+        operands |= {key: column[i] for key, column in states.items() if column is not None}
+        for what, operand in operands.items():
+            if isinstance(operand, dtensor) is not isinstance(param, dtensor):
+                which = ("the parameter", f"its {what}")
+                one, other = which if isinstance(param, dtensor) else reversed(which)
+                raise ValueError(f"{name(i)}: {one} is a DTensor and {other} is not")
+        if not isinstance(param, dtensor):
+            continue
+        if any(placement.is_partial() for placement in param.placements):
+            raise ValueError(
+                f"{name(i)}: the parameter's placements are {param.placements}: a sum that is "
+                "still to be made can't be stepped; redistribute it"
+            )
+        for what, operand in operands.items():
+            if operand.shape != param.shape:
+                raise ValueError(
+                    f"{name(i)}: the {what}'s shape is {tuple(operand.shape)}: must be the "
+                    f"parameter's, {tuple(param.shape)}"
+                )
+            if operand.device_mesh != param.device_mesh:
+                raise ValueError(
+                    f"{name(i)}: the {what} is on {operand.device_mesh}: must be on the "
+                    f"parameter's, {param.device_mesh}"
+                )
+            if what != "gradient" and operand.placements != param.placements:
+                raise ValueError(
+                    f"{name(i)}: {what}'s placements are {operand.placements}: must be the "
+                    f"parameter's, {param.placements}"
+                )
+        if grad.placements != param.placements:
+            grads[i] = grad.redistribute(param.device_mesh, param.placements)
+    return bucket._replace(
+        params=list(map(local, params)),
+        grads=list(map(local, grads)),
+        momenta=_locals(states["momentum_buffer"]),
+        masters=_locals(states["master_weight"]),
+    )
+
+
+def _locals(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
+    return None if tensors is None else list(map(local, tensors))
+
+
+def summed(counts: Sequence[Tensor], params: Sequence[Any]) -> list[Tensor]:
+    """Counts made on each process's parts, summed over the processes that hold other parts.
+
+    One exchange for all parameters that are divided alike; all processes must take part.
+    """
+    dtensor = _dtensor_type()
+    result = list(counts)
+    alike: dict[Any, list[int]] = {}
+    for i, param in enumerate(params):
+        if dtensor is not None and isinstance(param, dtensor):
+            shards = tuple(not placement.is_replicate() for placement in param.placements)
+            if any(shards):
+                alike.setdefault((param.device_mesh, shards), []).append(i)
+    for (mesh, shards), members in alike.items():
+        from torch.distributed.tensor import Partial, Replicate
+
+        placements = [Partial() if shard else Replicate() for shard in shards]
+        stacked = torch.stack([counts[i].to(mesh.device_type) for i in members])
+        total = dtensor.from_local(stacked, mesh, placements, run_check=False).full_tensor()
+        for i, count in zip(members, total, strict=True):
+            result[i] = count
+    return result

@@ -1,0 +1,388 @@
+"""The step inside torch.compile: the same bits as outside, and no recompiling for new options.
+
+``aot_eager`` takes the way of functionalisation, which a mutating operator must stand; inductor,
+slower to compile, is tried once.
+"""
+
+import gc
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from reference import assert_same
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import OneCycleLR
+
+from resnet_reg_ext import ProxSGD, param_groups, sparsity
+
+BACKEND = "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs():
+    """How often something was compiled."""
+    return counters["stats"]["unique_graphs"]
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)
+    )
+    return model.to(dtype)
+
+
+def backward(model, number):
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randn(6, 3, 5, 5, generator=generator).to(next(model.parameters()).dtype)
+    model.zero_grad()
+    cross_entropy(model(images), torch.arange(6) % 5).backward()
+
+
+def compiled(function, **options):
+    return torch.compile(function, **{"fullgraph": True, "backend": BACKEND, **options})
+
+
+def assert_same_run(ours, expected, message=""):
+    for (model, optimizer), (other, theirs) in [(ours, expected)]:
+        for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+            assert_same(p, q, f"{message} {name}")
+            assert optimizer.state[p].keys() == theirs.state.get(q, {}).keys()
+            for key, value in theirs.state.get(q, {}).items():
+                assert_same(optimizer.state[p][key], value, f"{message} {name} {key}")
+
+
+def pair(make, dtype=torch.float32):
+    """Two runs alike; the first is to be compiled."""
+    models = net(dtype), net(dtype)
+    return [(model, make(model)) for model in models]
+
+
+OPTIONS = {
+    "plain": {},
+    "no momentum": {"momentum": 0.0, "l1": 0.1},
+    "nesterov": {"nesterov": True, "weight_decay": 1e-2},
+    "dampening": {"dampening": 0.25},
+    "proximal": {"l2_mode": "proximal", "weight_decay": 1e-2},
+    "fused": {"fused": True},
+    "pure": {"fused": False},
+    "bfloat16 momentum": {"momentum_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_same_bits_as_outside(options):
+    ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, **{"l1": 1e-2, **options}))
+    step = compiled(ours[1].step)
+    for number in range(4):
+        for model, _ in (ours, expected):
+            backward(model, number)
+        step()
+        expected[1].step()
+        assert_same_run(ours, expected, f"step {number}")
+    assert graphs() == (1 if options.get("momentum") == 0 else 2)  # that of the first step, others
+    assert sparsity(ours[0]).zeros > 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_master_weights_and_other_types(dtype):
+    ours, expected = pair(
+        lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2, master_weights=True), dtype
+    )
+    step = compiled(ours[1].step)
+    for number in range(3):
+        for model, _ in (ours, expected):
+            backward(model, number)
+        step()
+        expected[1].step()
+    assert_same_run(ours, expected)
+    assert graphs() == 2
+
+
+def test_inductor():
+    ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2))
+    step = compiled(ours[1].step, backend="inductor")
+    for number in range(4):
+        for model, optimizer in (ours, expected):
+            backward(model, number)
+            optimizer.param_groups[0]["lr"] = 0.05 / (number + 1)
+        step()
+        expected[1].step()
+        assert_same_run(ours, expected, f"step {number}")
+    assert graphs() == 2
+
+
+@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["float", "tensor"])
+def test_nothing_is_compiled_anew_over_100_learning_rates(lr):
+    """OneCycleLR changes momentum too, at every step; l1 and weight decay are changed by hand."""
+
+    def make(model):
+        groups = param_groups(model, l1=1e-2, weight_decay=1e-3)
+        return ProxSGD(groups, lr=lr.clone() if isinstance(lr, torch.Tensor) else lr)
+
+    ours, expected = pair(make)
+    step = compiled(ours[1].step)
+    schedules = [OneCycleLR(o, 0.1, total_steps=110) for _, o in (ours, expected)]
+    seen = set()
+    for number in range(105):
+        for (model, optimizer), schedule in zip((ours, expected), schedules, strict=True):
+            backward(model, number % 7)
+            optimizer.param_groups[0]["l1"] = 1e-2 / (1 + number)
+            optimizer.param_groups[0]["weight_decay"] = 1e-3 * number
+            seen.add(float(optimizer.param_groups[0]["lr"]))
+            step() if optimizer is ours[1] else optimizer.step()
+            schedule.step()
+        if number == 4:
+            warm = graphs()
+            counters["recompiles"].clear()
+    assert_same_run(ours, expected)
+    assert len(seen) > 100
+    assert graphs() == warm == 2
+    assert not counters["recompiles"]
+
+
+def test_an_lr_that_the_same_graph_has_changed():
+    """The step must use the new value, and not the one that the tensor held before the graph."""
+    ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=torch.tensor(0.1), l1=1e-2))
+
+    def step_of(optimizer, lr):
+        def step():
+            lr.mul_(0.5)
+            optimizer.step()
+
+        return step
+
+    step = compiled(step_of(ours[1], ours[1].param_groups[0]["lr"]))
+    other = step_of(expected[1], expected[1].param_groups[0]["lr"])
+    for number in range(3):
+        for model, _ in (ours, expected):
+            backward(model, number)
+        step()
+        other()
+    assert_same_run(ours, expected)
+    assert ours[1].param_groups[0]["lr"].item() == pytest.approx(0.0125)
+
+
+def test_gradients_clipped_in_the_same_graph():
+    ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2))
+
+    def step_of(model, optimizer):
+        def step():
+            norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+            optimizer.step(grad_coefficient=(0.1 / (norm + 1e-6)).clamp(max=1.0))
+
+        return step
+
+    step, other = compiled(step_of(*ours)), step_of(*expected)
+    for number in range(3):
+        for model, _ in (ours, expected):
+            backward(model, number)
+        step()
+        other()
+    assert_same_run(ours, expected)
+
+
+def test_forward_gradients_and_step_in_one_graph():
+    ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2))
+
+    def training_step(model, optimizer):
+        def step(images):
+            loss = cross_entropy(model(images), torch.arange(6) % 5)
+            params = list(model.parameters())
+            for p, g in zip(params, torch.autograd.grad(loss, params), strict=True):
+                p.grad = g
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    step, other = torch.compile(training_step(*ours), backend=BACKEND), training_step(*expected)
+    for number in range(5):
+        images = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(number))
+        assert_same(step(images), other(images))
+    assert_same_run(ours, expected)
+
+
+def test_parameters_without_a_gradient_and_those_that_get_one_later():
+    ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2))
+    step = compiled(ours[1].step)
+    for number in range(5):
+        for model, _ in (ours, expected):
+            backward(model, number)
+            if number < 3:
+                model[0].weight.grad = None
+        step()
+        expected[1].step()
+        for p, q in zip(ours[0].parameters(), expected[0].parameters(), strict=True):
+            assert_same(p, q, f"step {number}")
+    assert not torch.equal(ours[0][0].weight, net()[0].weight)
+
+
+def test_a_checkpoint_loaded_after_compiling():
+    ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2))
+    step = compiled(ours[1].step)
+    checkpoint = None
+    for number in range(3):
+        for model, _ in (ours, expected):
+            backward(model, number)
+        step()
+        expected[1].step()
+        if number == 1:
+            checkpoint = pickle.dumps((ours[0].state_dict(), ours[1].state_dict()))
+    for model, optimizer in (ours, expected):
+        weights, state = pickle.loads(checkpoint)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+    for number in range(3):
+        for model, _ in (ours, expected):
+            backward(model, number)
+        step()
+        expected[1].step()
+    assert_same_run(ours, expected)
+
+
+def test_a_group_added_and_a_step_outside_after_compiling():
+    ours, expected = pair(lambda m: ProxSGD(m[0].parameters(), lr=0.05, l1=1e-2))
+    step = compiled(ours[1].step)
+    for number in range(6):
+        for model, optimizer in (ours, expected):
+            backward(model, number)
+            if number == 2:
+                optimizer.add_param_group({"params": list(model[4].parameters()), "l1": 1e-3})
+        ours[1].step() if number == 4 else step()
+        expected[1].step()
+    for p, q in zip(ours[0].parameters(), expected[0].parameters(), strict=True):
+        assert_same(p, q)
+
+
+def test_bad_options_are_refused_when_it_runs_before_anything_changes():
+    model, optimizer = pair(lambda m: ProxSGD([{"params": [p]} for p in m.parameters()], lr=0.05))[
+        0
+    ]
+    step = compiled(optimizer.step)
+    for number in range(2):
+        backward(model, number)
+        step()
+    optimizer.param_groups[3]["lr"] = -1.0
+    backward(model, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"param_groups\[3\]: lr is -1.0"):
+        step()
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert_same(p, q)
+
+
+def test_momentum_that_was_zero_when_compiled():
+    model, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, momentum=0.0))[0]
+    step = compiled(optimizer.step)
+    backward(model, 0)
+    step()
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(RuntimeError, match=r"param_groups\[0\]: momentum is 0.9, but was 0 when"):
+        step()
+
+
+def test_state_replaced_behind_the_compiled_code():
+    model, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=0.05))[0]
+    step = compiled(optimizer.step)
+    for number in range(3):
+        backward(model, number)
+        step()
+    optimizer.state.clear()
+    with pytest.raises(RuntimeError, match="state was replaced since the step was compiled"):
+        step()
+
+
+def test_the_optimizer_can_be_collected():
+    """Compiled code knows it by a number alone."""
+    model, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=0.05))[0]
+    step = compiled(optimizer.step)
+    backward(model, 0)
+    step()
+    number = optimizer._number
+    del optimizer, step
+    torch._dynamo.reset()
+    gc.collect()
+    ours = list(model.parameters())
+    with pytest.raises(RuntimeError, match="after its optimizer was deleted"):
+        torch.ops.resnet_reg_ext.prox_sgd_step(
+            number, [0], [0], [0], ours[:1], [ours[0].detach()], [], [], [], [], None, None, None
+        )
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_a_real_grad_scaler_around_a_compiled_step(fused):
+    """The scaler looks at values, which breaks the graph; the first step may be skipped."""
+
+    def train(compile_it):
+        model = net()
+        optimizer = ProxSGD(model.parameters(), lr=0.05, l1=1e-2, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+
+        def update():
+            scaler.step(optimizer)
+            scaler.update()
+
+        run = torch.compile(update, backend=BACKEND) if compile_it else update
+        scales = []
+        for number in range(6):
+            model.zero_grad()
+            images = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(number))
+            scaler.scale(cross_entropy(model(images), torch.arange(6) % 5)).backward()
+            if number in (0, 3):
+                model[0].weight.grad[0, 0, 0, 0] = float("inf")
+            run()
+            scales.append(scaler.get_scale())
+        return (model, optimizer), scales
+
+    ours, scales = train(True)
+    expected, expected_scales = train(False)
+    assert scales == expected_scales
+    assert len(set(scales)) > 1
+    assert_same_run(ours, expected)
+
+
+def operands(optimizer, params):
+    return (
+        optimizer._number,
+        [0] * len(params),
+        list(range(len(params))),
+        [1] * len(params),
+        [p.detach().clone() for p in params],
+        [torch.full_like(p, 0.3) for p in params],
+        [torch.full_like(p, 0.1) for p in params],
+        [],
+        [0],
+        [torch.tensor(0.5)],
+        None,
+        torch.tensor(0.5),
+        None,
+    )
+
+
+def test_opcheck():
+    params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(4))]
+    optimizer = ProxSGD(params, lr=torch.tensor(0.1), l1=1e-2)
+    step = compiled(optimizer.step)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    step()  # the operator knows a compiled optimizer only
+    results = torch.library.opcheck(
+        torch.ops.resnet_reg_ext.prox_sgd_step.default, operands(optimizer, params)
+    )
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_importing_the_package_does_not_import_the_compiler():
+    """It takes two seconds."""
+    code = "import resnet_reg_ext, sys; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
