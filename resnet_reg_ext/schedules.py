@@ -27,9 +27,7 @@ class _L1Steering(LRScheduler):
         self.optimizer = optimizer
         self._groups = [i for i, g in enumerate(optimizer.param_groups) if g.get("l1", 0.0) > 0]
         if not self._groups:
-            raise ValueError(
-                f"{name}: no parameter group has an l1 above 0"
-            )
+            raise ValueError(f"{name}: no parameter group has an l1 above 0")
 
     def _steered(self) -> list[dict[str, Any]]:
         return [self.optimizer.param_groups[i] for i in self._groups]
@@ -92,7 +90,9 @@ class L1Scheduler(_L1Steering):
         super().__init__(optimizer)
         groups: list[dict[str, Any]] = []
         for group in self._steered():
-            groups.append({"params": [torch.nn.Parameter(torch.empty(0))], "lr": float(group["l1"])})
+            groups.append(
+                {"params": [torch.nn.Parameter(torch.empty(0))], "lr": float(group["l1"])}
+            )
             if "initial_l1" in group:
                 groups[-1]["initial_lr"] = group["initial_l1"]
         self._stand_in = torch.optim.SGD(groups, lr=0.0)
@@ -138,7 +138,7 @@ class TargetSparsity(_L1Steering):
     .. math:: s(t) = s_\text{target}
               + (s_\text{begin} - s_\text{target}) (1 - (t - t_\text{begin}) / T)^3
 
-    over the first 85 % of the steps from ``begin`` to ``steps``; the rest is for settling. From
+    over the first 80 % of the steps from ``begin`` to ``steps``; the rest is for settling. From
     then on the target is held for as long as :meth:`step` is called. The factor's logarithm moves
     by the error in the share's log-odds, looked ahead along its slope. Time is counted in parts of
     ``steps - begin``, so that the same gains serve a run of a few hundred steps and one of a
@@ -152,7 +152,8 @@ class TargetSparsity(_L1Steering):
     Args:
         optimizer: a :class:`resnet_reg_ext.ProxSGD`. Its l1 is where the search starts.
         target: the share of exact zeros in the steered groups, in (0, 1) (default: 0.9).
-        steps: at which call of :meth:`step` the target is to be reached; some hundreds at least.
+        steps: at which call of :meth:`step` the target is to be reached. It takes some 400
+            adjustments from ``begin`` on to do so within a point; with fewer it may swing.
         begin: up to which call l1 is left as it is (default: 0).
         every: at how many calls to count and adjust; counting reads the weights (default: a
             thousandth of the time from ``begin`` to ``steps``, at least 1).
@@ -267,10 +268,10 @@ _STATE = ("_start_l1", "_step", "_start_share", "_share", "_slope", "_log_factor
 # Tuned on ResNets of three sizes on digit images, at targets of 0.5, 0.8 and 0.95. Zeros come about
 # as slowly as l1 pulls weights in, and go again only once l1 is below the gradients: hence the look
 # ahead, against overshooting, and the slower way down. Times are parts of steps - begin.
-_RAMP = 0.85
-_LOOK_AHEAD = 0.1
+_RAMP = 0.8
+_LOOK_AHEAD = 0.05
 _SMOOTHING = 0.02
-_GAIN = 60.0
+_GAIN = 50.0
 _MOST_UP = 1.0
 _MOST_DOWN = 0.5
 _FARTHEST = math.log(1e8)

@@ -5,6 +5,9 @@ Trains in every way that the test compares and leaves the weights and states in 
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +25,27 @@ STEPS = 6
 PER_PROCESS = 4
 SGD_OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
 OPTIONS = {**SGD_OPTIONS, "l1": 2e-2}
+
+
+def launch(script: Path, *arguments: str) -> str:
+    """Runs a script in two processes, in its own folder, and returns what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={WORLD}", script.name, *arguments]
+    launcher = subprocess.Popen(
+        command,
+        cwd=script.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = launcher.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGTERM)  # torchrun then ends its two
+        output, _ = launcher.communicate()
+    assert launcher.returncode == 0, output
+    return output
 
 
 def net() -> nn.Module:
@@ -92,7 +116,7 @@ def main(folder: Path) -> None:
     model, optimizer = train(
         lambda m: ProxSGD(m.parameters(), **OPTIONS),
         rank,
-        lambda optimizer: TargetSparsity(optimizer, 0.5, steps=STEPS),
+        lambda optimizer: TargetSparsity(optimizer, 0.5, steps=100),
     )
     results["steered"] = (model.state_dict(), optimizer.state_dict())
     torch.save(results, folder / f"{rank}.pt")

@@ -103,7 +103,9 @@ def follow(optimizer, schedule, steps):
 def test_warm_up():
     optimizer = optimizer_with(0.8)
     seen = follow(
-        optimizer, L1Scheduler(optimizer, lr_scheduler.LinearLR, start_factor=0.25, total_iters=3), 5
+        optimizer,
+        L1Scheduler(optimizer, lr_scheduler.LinearLR, start_factor=0.25, total_iters=3),
+        5,
     )
     assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rel=1e-12)
 
@@ -289,7 +291,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-REACH, END, BATCH = 300, 400, 40
+REACH, END, BATCH = 400, 500, 40
 
 
 def train_on_digits(digits, target, l1):
@@ -321,11 +323,10 @@ def train_on_digits(digits, target, l1):
 def test_the_asked_share_of_zeros_is_reached_and_held_on_digits(digits, target, l1):
     shares, optimizer, accuracy = train_on_digits(digits, target, l1)
     # A batch with large gradients moves some points of the weights off zero for a few steps: what
-    # is steered is the average, here over the 10 epochs around `steps` and from there to the end.
-    around = shares[REACH - 25 : REACH + 25]
-    held = shares[REACH:]
-    print("FIG", target, sum(around)/len(around), sum(held)/len(held), min(held), max(held), accuracy)
-    assert sum(around) / len(around) == pytest.approx(target, abs=0.01)
+    # is steered is the average, here over the 5 epochs from `steps` on and from there to the end.
+    reached = shares[REACH - 1 : REACH + 24]
+    held = shares[REACH - 1 :]
+    assert sum(reached) / len(reached) == pytest.approx(target, abs=0.01)
     assert sum(held) / len(held) == pytest.approx(target, abs=0.01)
     regularised = optimizer.param_groups[0]["params"]
     zeros = sum(int((p == 0).sum()) for p in regularised)
@@ -335,7 +336,7 @@ def test_the_asked_share_of_zeros_is_reached_and_held_on_digits(digits, target, 
 
 
 def lasso(l1, **options):
-    """½‖w − a‖²: its minimiser with l1 is zero exactly where |a| <= l1."""
+    """½‖w - a‖²: its minimiser with l1 is zero exactly where |a| <= l1."""
     a = torch.randn(4000, generator=torch.Generator().manual_seed(0))
     p = nn.Parameter(torch.zeros_like(a))
     return a, ProxSGD([p], lr=0.05, weight_decay=0.0, l1=l1, **options)
@@ -350,15 +351,25 @@ def steer(optimizer, steering, a, steps):
         yield float((p == 0).sum()) / p.numel()
 
 
-@pytest.mark.parametrize("every", [None, 3])
-@pytest.mark.parametrize("l1", [1e-5, 0.3, 50.0])
-@pytest.mark.parametrize("target", [0.1, 0.5, 0.8, 0.95, 0.99])
+@pytest.mark.parametrize(
+    ("target", "l1", "every"),
+    [
+        (0.1, 1e-5, None),
+        (0.5, 1e-5, None),
+        (0.5, 50.0, 3),
+        (0.8, 0.3, None),
+        (0.95, 1e-5, 3),
+        (0.95, 50.0, None),
+        (0.99, 0.3, None),
+    ],
+)
 def test_finds_the_l1_that_is_known_to_give_the_share(target, l1, every):
     """From far below and far above; without noise every step is within a point."""
     a, optimizer = lasso(l1)
-    steering = TargetSparsity(optimizer, target, steps=500, every=every)
-    shares = list(steer(optimizer, steering, a, 800))
-    assert max(abs(share - target) for share in shares[500:]) <= 0.01
+    reach = 500 * (every or 1)
+    steering = TargetSparsity(optimizer, target, steps=reach, every=every)
+    shares = list(steer(optimizer, steering, a, reach * 3 // 2))
+    assert max(abs(share - target) for share in shares[reach - 1 :]) <= 0.01
     lowest, highest = torch.quantile(a.abs(), torch.tensor([target - 0.01, min(target + 0.01, 1)]))
     assert lowest <= optimizer.param_groups[0]["l1"] <= highest
 
@@ -368,10 +379,10 @@ def test_follows_the_curve_of_zhu_and_gupta():
     steering = TargetSparsity(optimizer, 0.8, steps=1100, begin=100)
     shares = list(steer(optimizer, steering, a, 1100))
     start = shares[100]
-    for step in (101, 300, 500, 949, 951, 1100):
-        left = max(0.0, 1 - (step - 100) / 850)
+    for step in (101, 300, 500, 899, 901, 1100):
+        left = max(0.0, 1 - (step - 100) / 800)
         assert steering.asked(step) == pytest.approx(0.8 + (start - 0.8) * left**3, abs=1e-9)
-    assert steering.asked(0) == steering.asked(100) == start
+    assert steering.asked(0) == steering.asked(100) == pytest.approx(start, abs=1e-12)
     assert steering.share == shares[-1]
 
 
