@@ -25,7 +25,12 @@ class _L1Steering(LRScheduler):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{name}: optimizer is a {type(optimizer).__name__}: must be ProxSGD")
         self.optimizer = optimizer
-        self._groups = [i for i, g in enumerate(optimizer.param_groups) if g.get("l1", 0.0) > 0]
+        # A schedule that has ended at 0 has left its groups an initial l1.
+        self._groups = [
+            i
+            for i, group in enumerate(optimizer.param_groups)
+            if group.get("l1", 0.0) > 0 or group.get("initial_l1", 0.0) > 0
+        ]
         if not self._groups:
             raise ValueError(f"{name}: no parameter group has an l1 above 0")
 

@@ -224,6 +224,21 @@ def test_resuming_goes_on_as_if_nothing_had_happened(name):
         assert values(again) == values(optimizer)
 
 
+def test_resuming_where_a_schedule_had_come_to_zero():
+    """Made only after the optimizer's checkpoint is loaded, it finds its group by ``initial_l1``."""
+    optimizer = optimizer_with(0.1, 0.0)
+    schedule = L1Scheduler(optimizer, lr_scheduler.CosineAnnealingWarmRestarts, T_0=4)
+    follow(optimizer, schedule, 3)
+    optimizer.param_groups[0]["l1"] = 0.0
+    again = optimizer_with(0.1, 0.0)
+    again.load_state_dict(optimizer.state_dict())
+    schedule_again = L1Scheduler(again, lr_scheduler.CosineAnnealingWarmRestarts, T_0=4)
+    schedule_again.load_state_dict(schedule.state_dict())
+    again.step()
+    schedule_again.step()
+    assert values(again) == [0.1, 0.0]
+
+
 def test_state_of_other_groups_is_refused():
     state = L1Scheduler(optimizer_with(0.1, 0.0), lr_scheduler.StepLR, step_size=1).state_dict()
     other = L1Scheduler(optimizer_with(0.0, 0.1), lr_scheduler.StepLR, step_size=1)
