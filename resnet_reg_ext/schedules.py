@@ -152,7 +152,8 @@ class TargetSparsity(_L1Steering):
     A single batch with large gradients moves weights off zero, for a few steps, faster than l1 can
     answer: the share's average is held, and in a noisy run single steps differ from it.
 
-    Don't move these groups' l1 otherwise meanwhile; lr may follow any schedule.
+    Don't move these groups' l1 otherwise meanwhile; lr may follow any schedule. It waits while
+    :meth:`resnet_reg_ext.ProxSGD.freeze_zeros` is in force.
 
     Args:
         optimizer: a :class:`resnet_reg_ext.ProxSGD`. Its l1 is where the search starts.
@@ -160,8 +161,9 @@ class TargetSparsity(_L1Steering):
         steps: at which call of :meth:`step` the target is to be reached. It takes some 400
             adjustments from ``begin`` on to do so within a point; with fewer it may swing.
         begin: up to which call l1 is left as it is (default: 0).
-        every: at how many calls to count and adjust; counting reads the weights (default: a
-            thousandth of the time from ``begin`` to ``steps``, at least 1).
+        every: at how many calls to count and adjust (default: a thousandth of the time from
+            ``begin`` to ``steps``, at least 1). Counting reads the weights, unless the optimizer
+            has ``track_sparsity=True``.
 
     Raises:
         TypeError: ``optimizer`` is none.
@@ -228,6 +230,8 @@ class TargetSparsity(_L1Steering):
             args: ignored; trainers give an epoch or a metric.
             kwargs: ignored too.
         """
+        if all(group.get("frozen_zeros") for group in self._steered()):
+            return
         self._step += 1
         if self._step <= self.begin or (self._step - self.begin) % self.every:
             return

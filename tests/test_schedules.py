@@ -7,12 +7,12 @@ import warnings
 import pytest
 import torch
 from reference import assert_same
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
 from resnet_reg_ext import L1Scheduler, ProxSGD, TargetSparsity, param_groups, sparsity
-from resnet_reg_ext.recipe.data import load_digits
 
 # ---------------------------------------------------------------------------------------------
 # torch's schedulers
@@ -170,6 +170,19 @@ def test_a_floor_does_not_regularise_groups_without_l1():
     assert values(optimizer) == [pytest.approx(0.05), 0.0]
 
 
+def test_an_l1_that_is_a_tensor_is_changed_in_place():
+    """So that a captured graph, which reads it, follows."""
+    l1 = torch.tensor(0.5)
+    optimizer = ProxSGD([nn.Parameter(torch.ones(3))], l1=l1)
+    schedule = L1Scheduler(optimizer, lr_scheduler.ExponentialLR, gamma=0.5)
+    follow(optimizer, schedule, 2)
+    assert optimizer.param_groups[0]["l1"] is l1
+    assert l1.item() == 0.125
+    TargetSparsity(optimizer, 0.9, steps=10).step()
+    assert optimizer.param_groups[0]["l1"] is l1
+    assert l1.item() > 0.125
+
+
 def test_beside_a_scheduler_of_lr():
     optimizer = optimizer_with(0.1)
     schedules = [
@@ -225,7 +238,7 @@ def test_resuming_goes_on_as_if_nothing_had_happened(name):
 
 
 def test_resuming_where_a_schedule_had_come_to_zero():
-    """Made only after the optimizer's checkpoint is loaded, it finds its group by ``initial_l1``."""
+    """Made only after the optimizer's checkpoint is loaded, it knows its group by the initial l1."""
     optimizer = optimizer_with(0.1, 0.0)
     schedule = L1Scheduler(optimizer, lr_scheduler.CosineAnnealingWarmRestarts, T_0=4)
     follow(optimizer, schedule, 3)
@@ -297,7 +310,13 @@ def small_resnet():
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_digits(image_size=8, train_size=200, test_size=400)
+    """200 of the 1,797 digits to train on and 400 others to test on: images, labels."""
+    raw = load_digits()
+    rows = torch.randperm(len(raw.target), generator=torch.Generator().manual_seed(0))[:600]
+    images = torch.tensor(raw.images, dtype=torch.float32)[rows]  # grey levels from 0 to 16
+    images = ((images - 4.9) / 6).unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+    labels = torch.tensor(raw.target)[rows]
+    return (images[:200], labels[:200]), (images[200:], labels[200:])
 
 
 @pytest.fixture
@@ -313,6 +332,7 @@ REACH, END, BATCH = 400, 500, 40
 
 def train_on_digits(digits, target, l1):
     """The share of zeros after every step, the optimizer, and the accuracy on the test images."""
+    (images, labels), (test_images, test_labels) = digits
     model = small_resnet()
     optimizer = ProxSGD(param_groups(model, l1=l1, weight_decay=1e-4), lr=0.05)
     steering = TargetSparsity(optimizer, target, steps=REACH)
@@ -321,15 +341,14 @@ def train_on_digits(digits, target, l1):
     while len(shares) < END:
         for rows in torch.randperm(200).split(BATCH):
             optimizer.zero_grad()
-            logits = model(digits.train_images[rows])
-            cross_entropy(logits, digits.train_labels[rows]).backward()
+            cross_entropy(model(images[rows]), labels[rows]).backward()
             optimizer.step()
             steering.step()
             schedule.step()
             shares.append(steering.share)
     model.eval()
     with torch.no_grad():
-        hits = model(digits.test_images).argmax(1) == digits.test_labels
+        hits = model(test_images).argmax(1) == test_labels
     return shares, optimizer, hits.float().mean().item()
 
 
@@ -432,6 +451,22 @@ def test_groups_keep_their_ratio_and_those_without_l1_stay_without():
     assert third / first == pytest.approx(3, rel=1e-12)
     assert steering.share == pytest.approx(0.6, abs=0.01)
     assert steering.share == sparsity(optimizer).regularised.fraction
+
+
+def test_waits_while_zeros_are_frozen():
+    """Then l1 does nothing, and the error would move it without end."""
+    a, optimizer = lasso(0.3)
+    steering = TargetSparsity(optimizer, 0.8, steps=500)
+    for _ in steer(optimizer, steering, a, 100):
+        pass
+    before = (values(optimizer), steering.share)
+    optimizer.freeze_zeros()
+    for _ in steer(optimizer, steering, a, 50):
+        pass
+    assert (values(optimizer), steering.share) == before
+    optimizer.freeze_zeros(False)
+    *_, last = steer(optimizer, steering, a, 500)
+    assert last == pytest.approx(0.8, abs=0.01)
 
 
 @pytest.mark.parametrize("stop", [3, 60, 350])
