@@ -22,9 +22,12 @@ demo: .venv/.ready
 test: .venv/.ready test-older test-python-reader test-sanitize
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile
 
-# The same wheel, unchanged, on another torch. What needs torchvision or compiles is left to `test`.
+# The same wheel, unchanged, on another torch. What needs torchvision or other people's programs,
+# compiles, starts processes or trains a network is left to `test`.
 NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tests/test_build.py \
-	--ignore-glob='*test_recipe*' --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py --ignore=tests/test_readme.py
+	--ignore-glob='*test_recipe*' --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py --ignore=tests/test_readme.py \
+	--ignore-glob='*test_integrations*' --ignore-glob='*test_distributed*' \
+	--deselect=tests/test_schedules.py::test_the_asked_share_of_zeros_is_reached_and_held_on_digits
 
 test-older: .venv-older/.ready
 	$(OLD)/pytest -q $(NATIVE_TESTS)
@@ -95,7 +98,7 @@ $(WHEEL): $(SOURCES) | .venv/.torch
 	touch $@
 
 .venv/.ready: $(WHEEL)
-	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[train,test,lint]"
+	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[train,test,integration,lint]"
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
 

@@ -5,7 +5,17 @@ from importlib.metadata import version as _version
 from . import functional
 from .param_groups import param_groups
 from .prox_sgd import ProxSGD
+from .schedules import L1Scheduler, TargetSparsity
 from .sparsity import LayerSparsity, Sparsity, sparsity
 
 __version__ = _version("resnet_reg_ext")
-__all__ = ["LayerSparsity", "ProxSGD", "Sparsity", "functional", "param_groups", "sparsity"]
+__all__ = [
+    "L1Scheduler",
+    "LayerSparsity",
+    "ProxSGD",
+    "Sparsity",
+    "TargetSparsity",
+    "functional",
+    "param_groups",
+    "sparsity",
+]

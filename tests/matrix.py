@@ -26,7 +26,9 @@ LEFT_OUT = (
     "tests/ptx",
     "tests/test_build.py",
     "tests/test_cuda.py",
+    "tests/test_distributed_ddp.py",
     "tests/test_gpu_check.py",
+    "tests/test_integrations.py",
     "tests/test_readme.py",
     "tests/test_recipe.py",
 )

@@ -1,0 +1,508 @@
+"""What changes l1 while training, and torch's own schedulers of lr."""
+
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from reference import assert_same
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import lr_scheduler
+
+from resnet_reg_ext import L1Scheduler, ProxSGD, TargetSparsity, param_groups, sparsity
+
+# ---------------------------------------------------------------------------------------------
+# torch's schedulers
+
+LR_SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 7], gamma=0.5),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.25, total_iters=4),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.25, total_iters=7),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o,
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.CosineAnnealingLR(o, 8)],
+        milestones=[4],
+    ),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 12),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, cooldown=1),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=13),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 10, power=2.0),
+}
+
+
+def test_no_scheduler_of_torch_is_forgotten():
+    assert set(lr_scheduler.__all__) - {"LRScheduler"} == set(LR_SCHEDULERS)
+
+
+def loss_of(number):
+    """Falls, stays and falls again, so that a plateau is found."""
+    return (3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5)[number]
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_every_scheduler_of_torch_gives_the_trajectory_of_torchs_sgd(name, fused):
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(size, generator=generator) for size in ((9,), (3, 5))]
+    noise = torch.randn(12, 9, generator=generator)
+    lists = [[nn.Parameter(t.clone()) for t in start] for _ in range(2)]
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
+    optimizers = (
+        ProxSGD([{"params": [p]} for p in lists[0]], **options, l1=0.0, fused=fused),
+        torch.optim.SGD([{"params": [p]} for p in lists[1]], **options, foreach=False),
+    )
+    schedulers = [LR_SCHEDULERS[name](o) for o in optimizers]
+    rates = set()
+    for number in range(12):
+        for params, optimizer, scheduler in zip(lists, optimizers, schedulers, strict=True):
+            params[0].grad = params[0].detach() * 1.7 + noise[number]
+            params[1].grad = params[1].detach() * 0.3 - 1
+            optimizer.step()
+            metric = [loss_of(number)] if name == "ReduceLROnPlateau" else []
+            scheduler.step(*metric)
+        for ours, theirs in zip(*lists, strict=True):
+            assert_same(ours, theirs, f"step {number}")
+        rates.add(optimizers[0].param_groups[0]["lr"])
+    assert len(rates) > 1
+
+
+# ---------------------------------------------------------------------------------------------
+# L1Scheduler
+
+
+def optimizer_with(*coefficients, lr=0.1):
+    return ProxSGD([{"params": [nn.Parameter(torch.ones(3))], "l1": c} for c in coefficients], lr)
+
+
+def values(optimizer):
+    return [group["l1"] for group in optimizer.param_groups]
+
+
+def follow(optimizer, schedule, steps):
+    """The first group's l1, from construction on."""
+    seen = [optimizer.param_groups[0]["l1"]]
+    for _ in range(steps):
+        optimizer.step()
+        schedule.step()
+        seen.append(optimizer.param_groups[0]["l1"])
+    return seen
+
+
+def test_warm_up():
+    optimizer = optimizer_with(0.8)
+    seen = follow(
+        optimizer,
+        L1Scheduler(optimizer, lr_scheduler.LinearLR, start_factor=0.25, total_iters=3),
+        5,
+    )
+    assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rel=1e-12)
+
+
+def test_cosine():
+    optimizer = optimizer_with(0.8)
+    seen = follow(optimizer, L1Scheduler(optimizer, lr_scheduler.CosineAnnealingLR, T_max=10), 10)
+    expected = [0.4 * (1 + math.cos(math.pi * t / 10)) for t in range(11)]
+    assert seen == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_warm_up_and_then_steps():
+    def schedule(o):
+        parts = [lr_scheduler.LinearLR(o, 0.5, total_iters=2), lr_scheduler.StepLR(o, 2)]
+        return lr_scheduler.SequentialLR(o, parts, milestones=[2])
+
+    optimizer = optimizer_with(0.8)
+    seen = follow(optimizer, L1Scheduler(optimizer, schedule), 7)
+    assert seen == pytest.approx([0.4, 0.6, 0.8, 0.8, 0.08, 0.08, 0.008, 0.008], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_moves_l1_as_each_scheduler_of_torch_moves_lr(name):
+    """Bit by bit what the same scheduler makes of an lr of that value, or of lr itself."""
+    optimizer = optimizer_with(0.02, 0.0, 0.04)
+    other = torch.optim.SGD([{"params": [torch.ones(1)], "lr": lr} for lr in (0.02, 0.04)])
+    schedule, expected = L1Scheduler(optimizer, LR_SCHEDULERS[name]), LR_SCHEDULERS[name](other)
+    for number in range(12):
+        assert [optimizer.param_groups[i]["l1"] for i in (0, 2)] == [
+            group["lr"] for group in other.param_groups
+        ]
+        metric = [loss_of(number)] if name == "ReduceLROnPlateau" else []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # such as that the optimizer has not stepped
+            # torch 2.5's SequentialLR warns of how it calls its own parts.
+            warnings.filterwarnings("ignore", message="The epoch parameter")
+            optimizer.step()
+            schedule.step(*metric)
+            other.step()
+            expected.step(*metric)
+    assert optimizer.param_groups[1]["l1"] == 0
+    assert all(g["lr"] == 0.1 and g["momentum"] == 0.9 for g in optimizer.param_groups)
+
+
+def test_groups_keep_their_initial_value_and_their_own_schedule():
+    optimizer = optimizer_with(0.1, 0.0, 0.2)
+    schedule = L1Scheduler(
+        optimizer, lr_scheduler.LambdaLR, lr_lambda=[lambda t: 2.0**t, lambda t: 3.0**t]
+    )
+    optimizer.step()
+    schedule.step()
+    assert values(optimizer) == [0.2, 0.0, pytest.approx(0.6)]
+    assert schedule.get_last_l1() == [0.2, pytest.approx(0.6)]
+    assert [g.get("initial_l1") for g in optimizer.param_groups] == [0.1, None, 0.2]
+
+
+def test_a_floor_does_not_regularise_groups_without_l1():
+    """Cosine down to 0.05 would lift a 0 up to it."""
+    optimizer = optimizer_with(0.1, 0.0)
+    schedule = L1Scheduler(optimizer, lr_scheduler.CosineAnnealingLR, T_max=4, eta_min=0.05)
+    follow(optimizer, schedule, 4)
+    assert values(optimizer) == [pytest.approx(0.05), 0.0]
+
+
+def test_an_l1_that_is_a_tensor_is_changed_in_place():
+    """So that a captured graph, which reads it, follows."""
+    l1 = torch.tensor(0.5)
+    optimizer = ProxSGD([nn.Parameter(torch.ones(3))], l1=l1)
+    schedule = L1Scheduler(optimizer, lr_scheduler.ExponentialLR, gamma=0.5)
+    follow(optimizer, schedule, 2)
+    assert optimizer.param_groups[0]["l1"] is l1
+    assert l1.item() == 0.125
+    TargetSparsity(optimizer, 0.9, steps=10).step()
+    assert optimizer.param_groups[0]["l1"] is l1
+    assert l1.item() > 0.125
+
+
+def test_beside_a_scheduler_of_lr():
+    optimizer = optimizer_with(0.1)
+    schedules = [
+        L1Scheduler(optimizer, lr_scheduler.ExponentialLR, gamma=0.5),
+        lr_scheduler.ExponentialLR(optimizer, 0.25),
+    ]
+    for _ in range(2):
+        optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+    assert (optimizer.param_groups[0]["l1"], optimizer.param_groups[0]["lr"]) == (0.025, 0.00625)
+
+
+def test_the_step_uses_the_scheduled_l1():
+    optimizer = ProxSGD(
+        [nn.Parameter(torch.ones(3))], lr=1.0, momentum=0.0, weight_decay=0.0, l1=0.25
+    )
+    schedule = L1Scheduler(optimizer, lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    p = optimizer.param_groups[0]["params"][0]
+    for expected in (0.75, 0.625, 0.5625):
+        p.grad = torch.zeros(3)
+        optimizer.step()
+        schedule.step()
+        assert p.tolist() == [expected] * 3
+
+
+def resumed(state, make_schedule, coefficients, l1_of_a_new_one=0.7):
+    """A new optimizer and schedule that have loaded a pickled checkpoint."""
+    optimizer_state, schedule_state = pickle.loads(pickle.dumps(state))
+    optimizer = optimizer_with(*(l1_of_a_new_one if c else 0.0 for c in coefficients))
+    schedule = make_schedule(optimizer)
+    optimizer.load_state_dict(optimizer_state)
+    schedule.load_state_dict(schedule_state)
+    return optimizer, schedule
+
+
+@pytest.mark.parametrize("name", sorted(set(LR_SCHEDULERS) - {"ReduceLROnPlateau"}))
+def test_resuming_goes_on_as_if_nothing_had_happened(name):
+    optimizer = optimizer_with(0.1, 0.0, 0.2)
+    schedule = L1Scheduler(optimizer, LR_SCHEDULERS[name])
+    follow(optimizer, schedule, 5)
+    again, schedule_again = resumed(
+        (optimizer.state_dict(), schedule.state_dict()),
+        lambda o: L1Scheduler(o, LR_SCHEDULERS[name]),
+        (0.1, 0.0, 0.2),
+    )
+    assert values(again) == values(optimizer)
+    for _ in range(6):
+        for o, s in ((optimizer, schedule), (again, schedule_again)):
+            o.step()
+            s.step()
+        assert values(again) == values(optimizer)
+
+
+def test_resuming_where_a_schedule_had_come_to_zero():
+    """Made only after the optimizer's checkpoint is loaded, it knows its group by the initial l1."""
+    optimizer = optimizer_with(0.1, 0.0)
+    schedule = L1Scheduler(optimizer, lr_scheduler.CosineAnnealingWarmRestarts, T_0=4)
+    follow(optimizer, schedule, 3)
+    optimizer.param_groups[0]["l1"] = 0.0
+    again = optimizer_with(0.1, 0.0)
+    again.load_state_dict(optimizer.state_dict())
+    schedule_again = L1Scheduler(again, lr_scheduler.CosineAnnealingWarmRestarts, T_0=4)
+    schedule_again.load_state_dict(schedule.state_dict())
+    again.step()
+    schedule_again.step()
+    assert values(again) == [0.1, 0.0]
+
+
+def test_state_of_other_groups_is_refused():
+    state = L1Scheduler(optimizer_with(0.1, 0.0), lr_scheduler.StepLR, step_size=1).state_dict()
+    other = L1Scheduler(optimizer_with(0.0, 0.1), lr_scheduler.StepLR, step_size=1)
+    with pytest.raises(ValueError, match=r"param_groups \[0\], but those with an l1 are \[1\]"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: L1Scheduler(o, lr_scheduler.StepLR, step_size=1),
+        lambda o: TargetSparsity(o, 0.5, steps=10),
+    ],
+    ids=["L1Scheduler", "TargetSparsity"],
+)
+def test_what_can_not_be_steered_is_refused(make):
+    with pytest.raises(ValueError, match="no parameter group has an l1 above 0"):
+        make(optimizer_with(0.0))
+    with pytest.raises(ValueError, match="no parameter group has an l1 above 0"):
+        make(torch.optim.SGD([torch.ones(1)], lr=0.1))
+    with pytest.raises(TypeError, match="optimizer is a Linear: must be ProxSGD"):
+        make(nn.Linear(1, 1))
+
+
+# ---------------------------------------------------------------------------------------------
+# TargetSparsity
+
+
+class Block(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x)))))
+        return torch.relu(y + self.shortcut(x))
+
+
+def small_resnet():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        Block(16, 16, 2),
+        Block(16, 32, 2),
+        Block(32, 64, 2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """200 of the 1,797 digits to train on and 400 others to test on: images, labels."""
+    raw = load_digits()
+    rows = torch.randperm(len(raw.target), generator=torch.Generator().manual_seed(0))[:600]
+    images = torch.tensor(raw.images, dtype=torch.float32)[rows]  # grey levels from 0 to 16
+    images = ((images - 4.9) / 6).unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+    labels = torch.tensor(raw.target)[rows]
+    return (images[:200], labels[:200]), (images[200:], labels[200:])
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+REACH, END, BATCH = 400, 500, 40
+
+
+def train_on_digits(digits, target, l1):
+    """The share of zeros after every step, the optimizer, and the accuracy on the test images."""
+    (images, labels), (test_images, test_labels) = digits
+    model = small_resnet()
+    optimizer = ProxSGD(param_groups(model, l1=l1, weight_decay=1e-4), lr=0.05)
+    steering = TargetSparsity(optimizer, target, steps=REACH)
+    schedule = lr_scheduler.CosineAnnealingLR(optimizer, END)
+    shares = []
+    while len(shares) < END:
+        for rows in torch.randperm(200).split(BATCH):
+            optimizer.zero_grad()
+            cross_entropy(model(images[rows]), labels[rows]).backward()
+            optimizer.step()
+            steering.step()
+            schedule.step()
+            shares.append(steering.share)
+    model.eval()
+    with torch.no_grad():
+        hits = model(test_images).argmax(1) == test_labels
+    return shares, optimizer, hits.float().mean().item()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("target", "l1"), [(0.5, 1e-4), (0.8, 1e-6), (0.95, 1e-4)], ids=["0.5", "0.8", "0.95"]
+)
+def test_the_asked_share_of_zeros_is_reached_and_held_on_digits(digits, target, l1):
+    shares, optimizer, accuracy = train_on_digits(digits, target, l1)
+    # A batch with large gradients moves some points of the weights off zero for a few steps: what
+    # is steered is the average, here over the 5 epochs from `steps` on and from there to the end.
+    reached = shares[REACH - 1 : REACH + 24]
+    held = shares[REACH - 1 :]
+    assert sum(reached) / len(reached) == pytest.approx(target, abs=0.01)
+    assert sum(held) / len(held) == pytest.approx(target, abs=0.01)
+    regularised = optimizer.param_groups[0]["params"]
+    zeros = sum(int((p == 0).sum()) for p in regularised)
+    assert shares[-1] == zeros / sum(p.numel() for p in regularised)
+    assert optimizer.param_groups[1]["l1"] == 0
+    assert accuracy > 0.8
+
+
+def lasso(l1, **options):
+    """½‖w - a‖²: its minimiser with l1 is zero exactly where |a| <= l1."""
+    a = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    p = nn.Parameter(torch.zeros_like(a))
+    return a, ProxSGD([p], lr=0.05, weight_decay=0.0, l1=l1, **options)
+
+
+def steer(optimizer, steering, a, steps):
+    p = optimizer.param_groups[0]["params"][0]
+    for _ in range(steps):
+        p.grad = p.detach() - a
+        optimizer.step()
+        steering.step()
+        yield float((p == 0).sum()) / p.numel()
+
+
+@pytest.mark.parametrize(
+    ("target", "l1", "every"),
+    [
+        (0.1, 1e-5, None),
+        (0.5, 1e-5, None),
+        (0.5, 50.0, 3),
+        (0.8, 0.3, None),
+        (0.95, 1e-5, 3),
+        (0.95, 50.0, None),
+        (0.99, 0.3, None),
+    ],
+)
+def test_finds_the_l1_that_is_known_to_give_the_share(target, l1, every):
+    """From far below and far above; without noise every step is within a point."""
+    a, optimizer = lasso(l1)
+    reach = 500 * (every or 1)
+    steering = TargetSparsity(optimizer, target, steps=reach, every=every)
+    shares = list(steer(optimizer, steering, a, reach * 3 // 2))
+    assert max(abs(share - target) for share in shares[reach - 1 :]) <= 0.01
+    lowest, highest = torch.quantile(a.abs(), torch.tensor([target - 0.01, min(target + 0.01, 1)]))
+    assert lowest <= optimizer.param_groups[0]["l1"] <= highest
+
+
+def test_follows_the_curve_of_zhu_and_gupta():
+    a, optimizer = lasso(0.3)
+    steering = TargetSparsity(optimizer, 0.8, steps=1100, begin=100)
+    shares = list(steer(optimizer, steering, a, 1100))
+    start = shares[100]
+    for step in (101, 300, 500, 899, 901, 1100):
+        left = max(0.0, 1 - (step - 100) / 800)
+        assert steering.asked(step) == pytest.approx(0.8 + (start - 0.8) * left**3, abs=1e-9)
+    assert steering.asked(0) == steering.asked(100) == pytest.approx(start, abs=1e-12)
+    assert steering.share == shares[-1]
+
+
+def test_leaves_l1_alone_until_begin_and_between_the_counts():
+    a, optimizer = lasso(0.3)
+    steering = TargetSparsity(optimizer, 0.8, steps=50, begin=20, every=5)
+    changed = []
+    last = 0.3
+    for number, _ in enumerate(steer(optimizer, steering, a, 41), start=1):
+        if optimizer.param_groups[0]["l1"] != last:
+            changed.append(number)
+            last = optimizer.param_groups[0]["l1"]
+        assert (steering.share is None) == (number < 25)
+    assert changed == [25, 30, 35, 40]
+
+
+def test_groups_keep_their_ratio_and_those_without_l1_stay_without():
+    a = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    params = [nn.Parameter(torch.zeros_like(a)) for _ in range(3)]
+    groups = [{"params": [p], "l1": c} for p, c in zip(params, (0.1, 0.0, 0.3), strict=True)]
+    optimizer = ProxSGD(groups, lr=0.05, weight_decay=0.0)
+    steering = TargetSparsity(optimizer, 0.6, steps=300)
+    for _ in range(400):
+        for p in params:
+            p.grad = p.detach() - a
+        optimizer.step()
+        steering.step()
+    first, second, third = values(optimizer)
+    assert second == 0
+    assert third / first == pytest.approx(3, rel=1e-12)
+    assert steering.share == pytest.approx(0.6, abs=0.01)
+    assert steering.share == sparsity(optimizer).regularised.fraction
+
+
+def test_waits_while_zeros_are_frozen():
+    """Then l1 does nothing, and the error would move it without end."""
+    a, optimizer = lasso(0.3)
+    steering = TargetSparsity(optimizer, 0.8, steps=500)
+    for _ in steer(optimizer, steering, a, 100):
+        pass
+    before = (values(optimizer), steering.share)
+    optimizer.freeze_zeros()
+    for _ in steer(optimizer, steering, a, 50):
+        pass
+    assert (values(optimizer), steering.share) == before
+    optimizer.freeze_zeros(False)
+    *_, last = steer(optimizer, steering, a, 500)
+    assert last == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("stop", [3, 60, 350])
+def test_steering_resumes_bit_by_bit(stop):
+    a, optimizer = lasso(0.01)
+    steering = TargetSparsity(optimizer, 0.7, steps=300, begin=10, every=4)
+    for _ in steer(optimizer, steering, a, stop):
+        pass
+    checkpoint = pickle.dumps(
+        (optimizer.param_groups[0]["params"][0], optimizer.state_dict(), steering.state_dict())
+    )
+    expected = list(steer(optimizer, steering, a, 100))
+
+    weights, optimizer_state, steering_state = pickle.loads(checkpoint)
+    again = ProxSGD([weights], l1=5.0)
+    steering_again = TargetSparsity(again, 0.7, steps=300, begin=10, every=4)
+    again.load_state_dict(optimizer_state)
+    steering_again.load_state_dict(steering_state)
+    assert list(steer(again, steering_again, a, 100)) == expected
+    assert values(again) == values(optimizer)
+    assert_same(weights, optimizer.param_groups[0]["params"][0], "weights")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 0.0, "steps": 10}, "target is 0.0: must be above 0 and below 1"),
+        ({"target": 1.0, "steps": 10}, "target is 1.0: must be above 0 and below 1"),
+        ({"target": math.nan, "steps": 10}, "target is nan: must be above 0 and below 1"),
+        ({"steps": 0}, "begin is 0 and steps is 0: begin must be"),
+        ({"steps": 10, "begin": 10}, "begin is 10 and steps is 10: begin must be"),
+        ({"steps": 10, "begin": -1}, "begin is -1 and steps is 10: begin must be"),
+        ({"steps": 10, "every": 0}, "every is 0: must be from 1 to steps - begin, which is 10"),
+        ({"steps": 10, "begin": 4, "every": 7}, "every is 7: must be from 1 to .* which is 6"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ValueError, match=f"TargetSparsity: {message}"):
+        TargetSparsity(optimizer_with(0.1), **options)
