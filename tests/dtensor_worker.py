@@ -1,0 +1,224 @@
+"""One of two processes of ``test_distributed_dtensor.py``: torchrun dtensor_worker.py FOLDER.
+
+Trains in every way that the test compares and leaves what came out in FOLDER, by process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ddp_worker import OPTIONS, STEPS, WORLD, batch, net
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.functional import cross_entropy
+
+from resnet_reg_ext import ProxSGD, sparsity
+
+SAVED_AT = 3
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def outcome(model, optimizer):
+    """Weights and state as one process would have them."""
+    return {
+        name: {
+            "weight": whole(p.detach()),
+            **{key: whole(value) for key, value in optimizer.state[p].items()},
+        }
+        for name, p in model.named_parameters()
+    }
+
+
+def sharded(dtype):
+    """The same net divided between the processes; the last layer's 5 rows as 3 and 2."""
+    model = net().to(dtype)
+    fully_shard(model[0])
+    fully_shard(model)
+    return model
+
+
+def train(model, optimizer, steps=range(STEPS), **in_step):
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        images, labels = batch(step, dist.get_rank())
+        optimizer.zero_grad()
+        cross_entropy(model(images.to(dtype)), labels).backward()
+        optimizer.step(**in_step)
+
+
+def fsdp(dtype=torch.float32, **options):
+    model = sharded(dtype)
+    optimizer = ProxSGD(model.named_parameters(), **{**OPTIONS, "fused": True, **options})
+    train(model, optimizer)
+    counts = optimizer.sparsity().to_dict()
+    assert sparsity(model).to_dict()["layers"] == counts["layers"]
+    return outcome(model, optimizer), counts
+
+
+def checkpoints(folder):
+    """Saves half-way; and goes on from half-way of one process."""
+    model = sharded(torch.float32)
+    optimizer = ProxSGD(model.parameters(), **OPTIONS)
+    train(model, optimizer, range(SAVED_AT))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / "of_two")
+
+    model = sharded(torch.float32)
+    optimizer = ProxSGD(model.parameters(), **OPTIONS)
+    weights, state = get_state_dict(model, optimizer)
+    loaded = {"model": weights, "optimizer": state}
+    dcp.load(loaded, checkpoint_id=folder / "of_one")
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=loaded["model"],
+        optim_state_dict=loaded["optimizer"],
+    )
+    train(model, optimizer, range(SAVED_AT, STEPS))
+    return outcome(model, optimizer)
+
+
+VALUES = torch.linspace(-1, 1, 35).reshape(7, 5)
+GRADS = torch.linspace(2, -3, 35).reshape(7, 5)
+
+
+def placements(mesh):
+    """Parameter and gradient divided in every pair of ways: 7 rows, 5 columns, 2 processes."""
+    results = {}
+    for of_param in (Shard(0), Shard(1), Replicate()):
+        for of_grad in (Shard(0), Shard(1), Replicate(), Partial()):
+            param = nn.Parameter(distribute_tensor(VALUES.clone(), mesh, [of_param]))
+            optimizer = ProxSGD([param], **OPTIONS, fused=True, track_sparsity=True)
+            for _ in range(2):
+                if of_grad.is_partial():
+                    part = GRADS * (0.25 if dist.get_rank() else 0.75)
+                    param.grad = DTensor.from_local(part, mesh, [of_grad])
+                else:
+                    param.grad = distribute_tensor(GRADS, mesh, [of_grad])
+                optimizer.step()
+            assert param._version > 0
+            results[str(of_param), str(of_grad)] = (
+                param.detach().full_tensor(),
+                optimizer.sparsity().zeros,
+            )
+    return results
+
+
+def refusals(mesh):
+    """The words of each error, and whether the parameter was left alone."""
+
+    def dtensor(placement):
+        return distribute_tensor(VALUES.clone(), mesh, [placement])
+
+    def attempt(param, grad, state=None):
+        param = nn.Parameter(param)
+        param.grad = grad
+        optimizer = ProxSGD([("w", param)], **OPTIONS)
+        if state is not None:
+            optimizer.state[param]["momentum_buffer"] = state
+        before = param.to_local().clone()
+        try:
+            optimizer.step()
+        except ValueError as error:
+            return str(error), torch.equal(param.to_local(), before)
+        return "no error", False
+
+    partial = DTensor.from_local(VALUES.clone(), mesh, [Partial()])
+    row, column = Shard(0), Shard(1)
+    return {
+        "partial": attempt(partial, torch.ones_like(partial)),
+        "plain momentum": attempt(dtensor(row), dtensor(row), torch.zeros(7, 5)),
+        "momentum elsewhere": attempt(dtensor(row), dtensor(row), dtensor(column)),
+    }
+
+
+def tensor_parallel(mesh):
+    """A layer divided by columns and one by rows, biases among them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    model = parallelize_module(model, mesh, plan)
+    optimizer = ProxSGD(model.named_parameters(), **OPTIONS, fused=True)
+    for step in range(STEPS):
+        inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), torch.arange(8) % 5).backward()
+        optimizer.step()
+    return outcome(model, optimizer), optimizer.sparsity().zeros
+
+
+def clipped():
+    """By a coefficient that is a DTensor itself."""
+    model = sharded(torch.float32)
+    optimizer = ProxSGD(model.parameters(), **OPTIONS)
+    for step in range(STEPS):
+        images, labels = batch(step, dist.get_rank())
+        optimizer.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        optimizer.step(grad_coefficient=(0.1 / (norm + 1e-6)).clamp(max=1.0))
+    return outcome(model, optimizer)
+
+
+def scaled(fused):
+    """With a GradScaler; once a single process has an infinity."""
+    model = sharded(torch.float32)
+    optimizer = ProxSGD(model.parameters(), **OPTIONS, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scales = []
+    for step in range(STEPS):
+        images, labels = batch(step, dist.get_rank())
+        optimizer.zero_grad()
+        scaler.scale(cross_entropy(model(images), labels)).backward()
+        if step == 2 and dist.get_rank() == 1:
+            model[0].weight.grad._local_tensor.view(-1)[0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return outcome(model, optimizer), scales
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)  # as in the process that this is compared with
+    mesh = init_device_mesh("cpu", (WORLD,))
+    results = {
+        "fsdp": fsdp(),
+        "fsdp, tracked": fsdp(track_sparsity=True),
+        "fsdp, pure": fsdp(fused=False),
+        "fsdp, master weights": fsdp(torch.bfloat16, master_weights=True),
+        "checkpoint of one": checkpoints(folder),
+        "placements": placements(mesh),
+        "refusals": refusals(mesh),
+        "tensor parallel": tensor_parallel(mesh),
+        "clipped": clipped(),
+        "scaled": scaled(None),
+        "scaled, fused": scaled(True),
+    }
+    torch.save(results, folder / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
