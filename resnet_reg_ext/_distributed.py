@@ -56,56 +56,72 @@ def local_bucket(bucket: Bucket, name: Callable[[int], str]) -> Bucket:
     Raises:
         ValueError: the gradient or the state of a DTensor can't be divided as the parameter is.
     """
-    dtensor = _dtensor_type()
-    params: list[Any] = list(bucket.params)
-    grads: list[Any] = list(bucket.grads)
-    states: dict[str, list[Any] | None] = {
-        "momentum_buffer": None if bucket.momenta is None else list(bucket.momenta),
-        "master_weight": None if bucket.masters is None else list(bucket.masters),
-    }
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        operands: dict[str, Any] = {"gradient": grad}
-        operands |= {key: column[i] for key, column in states.items() if column is not None}
-        for what, operand in operands.items():
-            if isinstance(operand, dtensor) is not isinstance(param, dtensor):
-                which = ("the parameter", f"its {what}")
-                one, other = which if isinstance(param, dtensor) else reversed(which)
-                raise ValueError(f"{name(i)}: {one} is a DTensor and {other} is not")
-        if not isinstance(param, dtensor):
-            continue
-        if any(placement.is_partial() for placement in param.placements):
-            raise ValueError(
-                f"{name(i)}: the parameter's placements are {param.placements}: a sum that is "
-                "still to be made can't be stepped; redistribute it"
-            )
-        for what, operand in operands.items():
-            if operand.shape != param.shape:
-                raise ValueError(
-                    f"{name(i)}: the {what}'s shape is {tuple(operand.shape)}: must be the "
-                    f"parameter's, {tuple(param.shape)}"
-                )
-            if operand.device_mesh != param.device_mesh:
-                raise ValueError(
-                    f"{name(i)}: the {what} is on {operand.device_mesh}: must be on the "
-                    f"parameter's, {param.device_mesh}"
-                )
-            if what != "gradient" and operand.placements != param.placements:
-                raise ValueError(
-                    f"{name(i)}: {what}'s placements are {operand.placements}: must be the "
-                    f"parameter's, {param.placements}"
-                )
-        if grad.placements != param.placements:
-            grads[i] = grad.redistribute(param.device_mesh, param.placements)
+    grads = list(bucket.grads)
+    for key, tensors in (
+        ("gradient", grads),
+        ("momentum_buffer", bucket.momenta),
+        ("master_weight", bucket.masters),
+    ):
+        for i, (param, operand) in enumerate(zip(bucket.params, tensors or (), strict=False)):
+            if not _alike(param, operand):
+                _check(param, operand, key, name(i))
+                redistributed: Any = operand
+                grads[i] = redistributed.redistribute(placements=_placements(param))
     return bucket._replace(
-        params=list(map(local, params)),
+        params=list(map(local, bucket.params)),
         grads=list(map(local, grads)),
-        momenta=_locals(states["momentum_buffer"]),
-        masters=_locals(states["master_weight"]),
+        momenta=None if bucket.momenta is None else list(map(local, bucket.momenta)),
+        masters=None if bucket.masters is None else list(map(local, bucket.masters)),
     )
 
 
-def _locals(tensors: Sequence[Tensor] | None) -> list[Tensor] | None:
-    return None if tensors is None else list(map(local, tensors))
+def _placements(tensor: Any) -> Any:
+    return tensor.placements
+
+
+def _alike(param: Any, operand: Any) -> bool:
+    """Whether both are ordinary tensors, or DTensors of one shape that are divided alike."""
+    if not (hasattr(param, "placements") and hasattr(operand, "placements")):
+        return hasattr(param, "placements") is hasattr(operand, "placements")
+    return bool(
+        operand.placements == param.placements
+        and (operand.device_mesh is param.device_mesh or operand.device_mesh == param.device_mesh)
+        and operand.shape == param.shape
+        and not any(placement.is_partial() for placement in param.placements)
+    )
+
+
+def _check(param: Any, operand: Any, what: str, name: str) -> None:
+    """Refuses what can't be made alike: only a gradient's placements can.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    divided = [hasattr(tensor, "placements") for tensor in (param, operand)]
+    if divided == [True, False]:
+        raise ValueError(f"{name}: the parameter is a DTensor and its {what} is not")
+    if divided == [False, True]:
+        raise ValueError(f"{name}: the {what} is a DTensor and its parameter is not")
+    if any(placement.is_partial() for placement in param.placements):
+        raise ValueError(
+            f"{name}: the parameter's placements are {param.placements}: a sum that is still to be "
+            "made can't be stepped; redistribute it"
+        )
+    if operand.shape != param.shape:
+        raise ValueError(
+            f"{name}: the {what}'s shape is {tuple(operand.shape)}: must be the parameter's, "
+            f"{tuple(param.shape)}"
+        )
+    if operand.device_mesh != param.device_mesh:
+        raise ValueError(
+            f"{name}: the {what} is on {operand.device_mesh}: must be on the parameter's, "
+            f"{param.device_mesh}"
+        )
+    if what != "gradient":
+        raise ValueError(
+            f"{name}: {what}'s placements are {operand.placements}: must be the parameter's, "
+            f"{param.placements}"
+        )
 
 
 def summed(counts: Sequence[Tensor], params: Sequence[Any]) -> list[Tensor]:

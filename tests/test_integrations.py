@@ -473,8 +473,9 @@ def sections():
 SETUP, SECTIONS = sections()
 
 
-def is_for_torchrun(title):
-    return any(words == "torchrun" for words, _ in SECTIONS[title])
+def is_for(word, title):
+    """Whether a section's blocks are marked for torchrun or cuda."""
+    return any(words == word for words, _ in SECTIONS[title])
 
 
 def code_of(title):
@@ -482,7 +483,17 @@ def code_of(title):
 
 
 @pytest.mark.parametrize(
-    "title", [title for title, blocks in SECTIONS.items() if blocks and not is_for_torchrun(title)]
+    "title",
+    [
+        pytest.param(
+            title,
+            marks=pytest.mark.skipif(
+                is_for("cuda", title) and not torch.cuda.is_available(), reason="torch finds no GPU"
+            ),
+        )
+        for title, blocks in SECTIONS.items()
+        if blocks and not is_for("torchrun", title)
+    ],
 )
 def test_the_page_runs_as_it_stands(title, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -505,7 +516,7 @@ def free_port():
 
 def test_what_the_page_starts_with_torchrun_runs_as_it_stands(tmp_path):
     """In one start for all sections, as starting takes longer than they do."""
-    titles = [title for title in SECTIONS if is_for_torchrun(title)]
+    titles = [title for title in SECTIONS if is_for("torchrun", title)]
     # torchrun's own store is for one process group; here each section makes one.
     lines = ["import os", "os.environ['TORCHELASTIC_USE_AGENT_STORE'] = 'False'"]
     for title in titles:
