@@ -7,7 +7,7 @@ and state are divided in the same way.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +23,13 @@ def _dtensor_type() -> Any:
     return None if module is None else module.DTensor
 
 
-def has_dtensors(tensors: Iterable[Tensor]) -> bool:
-    """Whether a DTensor is among the tensors."""
+def has_dtensors(*lists: list[Tensor]) -> bool:
+    """Whether a DTensor is in one of the lists."""
     dtensor = _dtensor_type()
-    return dtensor is not None and any(
-        issubclass(t, dtensor) for t in set(map(type, tensors)) - {Tensor, torch.nn.Parameter}
-    )
+    if dtensor is None:
+        return False
+    types = set().union(*(map(type, tensors) for tensors in lists))
+    return any(issubclass(t, dtensor) for t in types - {Tensor, torch.nn.Parameter})
 
 
 def local(tensor: Any) -> Tensor:

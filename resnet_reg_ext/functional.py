@@ -382,7 +382,7 @@ def prepare_prox_sgd(
     index into words for an error. None is returned if ``values`` tell that the step is to be
     skipped; on a CUDA device, the kernel itself may skip it.
     """
-    if _distributed.has_dtensors(bucket.params + bucket.grads):
+    if _distributed.has_dtensors(bucket.params, bucket.grads):
         parts = _distributed.local_bucket(bucket, name)
         run = prepare_prox_sgd(parts, h, fused, name, values)
         return run and partial(_run_on_parts, run, bucket)

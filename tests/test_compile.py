@@ -250,6 +250,19 @@ def test_a_checkpoint_loaded_after_compiling():
     assert_same_run(ours, expected)
 
 
+def test_zeros_counted_before_a_compiled_step_are_counted_anew():
+    model, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=0.5, track_sparsity=True))[0]
+    backward(model, 0)
+    optimizer.step()
+    few = optimizer.sparsity().zeros
+    optimizer.param_groups[0]["l1"] = 0.1
+    step = compiled(optimizer.step)
+    for number in (1, 2):
+        backward(model, number)
+        step()
+    assert optimizer.sparsity().zeros == sum(int((p == 0).sum()) for p in model.parameters()) > few
+
+
 def test_a_group_added_and_a_step_outside_after_compiling():
     ours, expected = pair(lambda m: ProxSGD(m[0].parameters(), lr=0.05, l1=1e-2))
     step = compiled(ours[1].step)
