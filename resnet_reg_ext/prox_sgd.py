@@ -111,6 +111,10 @@ class ProxSGD(Optimizer):
     multiplies by the scale's reciprocal on the way, which leaves ``p.grad`` as it is, scaled, and
     changes nothing if an infinity was found.
 
+    Inside ``torch.compile`` a step is one operator that reads the options when it runs, so that a
+    learning rate that changes compiles nothing anew. Of DTensors (FSDP2, tensor parallelism) each
+    process steps its own part; a gradient divided otherwise than its parameter is redistributed.
+
     References:
         Combettes and Wajs, *Signal recovery by proximal forward-backward splitting*, 2005, eq. 3.6;
         Zou and Hastie, *Regularization and variable selection via the elastic net*, 2005; Yang et

@@ -121,6 +121,8 @@ def test_inductor():
     assert graphs() == 2
 
 
+# Schedulers wrap `step` in what can't be compiled, so it is compiled before they are there.
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["float", "tensor"])
 def test_nothing_is_compiled_anew_over_100_learning_rates(lr):
     """OneCycleLR changes momentum too, at every step; l1 and weight decay are changed by hand."""
