@@ -19,13 +19,15 @@ import timm
 import torch
 import torchvision
 import transformers
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision
 from reference import assert_same
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
@@ -315,6 +317,30 @@ def test_accelerate_loop_gives_the_weights_of_a_plain_one(tmp_path, steering):
     )
     assert_same_model(accelerator.unwrap_model(model), expected)
     assert sparsity(expected).zeros > 20
+
+
+def test_accelerate_is_told_of_a_step_that_an_infinity_skipped():
+    """It learns that from whether ``step`` was called, and leaves its schedules alone then."""
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = net()
+    optimizer = prox(model, l1=1e-2)
+    # As Accelerator.prepare makes it on a GPU; on a CPU it knows no float16.
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    wrapped = AcceleratedOptimizer(optimizer, device_placement=False, scaler=scaler)
+    schedule = AcceleratedScheduler(ExponentialLR(optimizer, 0.5), wrapped)
+    skipped, rates = [], []
+    for number, (images, labels) in enumerate(loader()):
+        wrapped.zero_grad()
+        scaler.scale(cross_entropy(model(images), labels)).backward()
+        if number == 1:
+            model[0].weight.grad[0, 0, 0, 0] = float("inf")
+        wrapped.step()
+        schedule.step()
+        skipped.append(wrapped.step_was_skipped)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert accelerator.device.type == "cpu"
+    assert skipped == [number == 1 for number in range(BATCHES)]
+    assert rates[1] == rates[0] == 0.5 * SGD_OPTIONS["lr"] > rates[2]
 
 
 # ---------------------------------------------------------------------------------------------
