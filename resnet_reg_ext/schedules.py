@@ -146,9 +146,9 @@ class TargetSparsity(_L1Steering):
     over the first 80 % of the steps from ``begin`` to ``steps``; the rest is for settling. From
     then on the target is held for as long as :meth:`step` is called. The factor's logarithm moves
     by the error in the share's log-odds, looked ahead along its slope; nearly twice as fast once
-    the curve has ended, but no faster for large errors than for middling ones. Time is counted in parts
-    of ``steps - begin``, so that the same gains serve a run of a few hundred steps and one of a
-    million.
+    the curve has ended, but no faster for large errors than for middling ones. Time is counted in
+    parts of ``steps - begin``, so that the same gains serve a run of a few hundred steps and one of
+    a million.
 
     A single batch with large gradients moves weights off zero, for a few steps, faster than l1 can
     answer: the share's average is held, and in a noisy run single steps differ from it.

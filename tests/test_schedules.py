@@ -238,7 +238,7 @@ def test_resuming_goes_on_as_if_nothing_had_happened(name):
 
 
 def test_resuming_where_a_schedule_had_come_to_zero():
-    """Made only after the optimizer's checkpoint is loaded, it knows its group by the initial l1."""
+    """Made after the optimizer's checkpoint is loaded, it knows its group by the initial l1."""
     optimizer = optimizer_with(0.1, 0.0)
     schedule = L1Scheduler(optimizer, lr_scheduler.CosineAnnealingWarmRestarts, T_0=4)
     follow(optimizer, schedule, 3)
