@@ -143,18 +143,20 @@ class TargetSparsity(_L1Steering):
     .. math:: s(t) = s_\text{target}
               + (s_\text{begin} - s_\text{target}) (1 - (t - t_\text{begin}) / T)^3
 
-    over the first 80 % of the steps from ``begin`` to ``steps``; the rest is for settling. From
-    then on the target is held for as long as :meth:`step` is called. The factor's logarithm moves
-    by the error in the share's log-odds, looked ahead along its slope; nearly twice as fast once
-    the curve has ended, but no faster for large errors than for middling ones. Time is counted in
-    parts of ``steps - begin``, so that the same gains serve a run of a few hundred steps and one of
-    a million.
+    over the first 80 % of the steps from ``begin`` to ``steps``. The factor's logarithm moves by
+    the error in the share's log-odds, looked ahead along its slope. Time is counted in parts of
+    ``steps - begin``, so that the same gains serve a run of a few hundred steps and one of a
+    million.
 
-    A single batch with large gradients moves weights off zero, for a few steps, faster than l1 can
-    answer: the share's average is held, and in a noisy run single steps differ from it.
+    Once the share is within half a point of the target, in the second half of that time or later,
+    the groups' zeros are frozen as by :meth:`resnet_reg_ext.ProxSGD.freeze_zeros`: the share stays
+    what it is, and the weights that are left are trained on without L1's bias. With
+    ``freeze=False`` steering goes on instead. A single batch with large gradients then moves
+    weights off zero, for a few steps, faster than l1 can answer: only the share's average is held,
+    and in a noisy run by a point or two.
 
-    Don't move these groups' l1 otherwise meanwhile; lr may follow any schedule. It waits while
-    :meth:`resnet_reg_ext.ProxSGD.freeze_zeros` is in force.
+    Don't move these groups' l1 otherwise meanwhile; lr may follow any schedule. Nothing happens
+    while zeros are frozen, whoever has frozen them.
 
     Args:
         optimizer: a :class:`resnet_reg_ext.ProxSGD`. Its l1 is where the search starts.
@@ -165,6 +167,7 @@ class TargetSparsity(_L1Steering):
         every: at how many calls to count and adjust (default: a thousandth of the time from
             ``begin`` to ``steps``, at least 1). Counting reads the weights, unless the optimizer
             has ``track_sparsity=True``.
+        freeze: whether to freeze the zeros once the target is reached (default: True).
 
     Raises:
         TypeError: ``optimizer`` is none.
@@ -187,6 +190,7 @@ class TargetSparsity(_L1Steering):
         steps: int,
         begin: int = 0,
         every: int | None = None,
+        freeze: bool = True,
     ) -> None:
         if not 0 < target < 1:
             raise ValueError(f"TargetSparsity: target is {target}: must be above 0 and below 1")
@@ -206,6 +210,7 @@ class TargetSparsity(_L1Steering):
         self.steps = steps
         self.begin = begin
         self.every = every
+        self.freeze = freeze
         self._start_l1 = self.get_last_l1()
         self._step = 0
         self._start_share = 0.0
@@ -244,14 +249,15 @@ class TargetSparsity(_L1Steering):
         rise = (self._log_odds(share) - self._log_odds(self._share)) / passed
         self._slope += min(1.0, passed / _SMOOTHING) * (rise - self._slope)
         self._share = share
+        half_way = self._step >= self.begin + length / 2
+        if self.freeze and half_way and abs(share - self.target) <= _NEAR:
+            for group in self._steered():
+                group["frozen_zeros"] = True
+            return
 
         ahead = self._log_odds(self.asked(self._step + _LOOK_AHEAD * length))
         ahead -= self._log_odds(share) + _LOOK_AHEAD * self._slope
-        if self._step < self.begin + _RAMP * length:
-            pull = _GAIN * min(max(ahead, -_MOST_DOWN), _MOST_UP)
-        else:
-            pull = min(max(_HOLD_GAIN * ahead, -_HOLD_MOST_DOWN), _HOLD_MOST_UP)
-        self._log_factor += passed * pull
+        self._log_factor += _GAIN * passed * min(max(ahead, -_MOST_DOWN), _MOST_UP)
         self._log_factor = min(max(self._log_factor, -_FARTHEST), _FARTHEST)
         factor = math.exp(self._log_factor)
         self._set_l1([factor * l1 for l1 in self._start_l1])
@@ -267,7 +273,7 @@ class TargetSparsity(_L1Steering):
         return {"groups": self._groups, **{key: getattr(self, key) for key in _STATE}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` gave. Target, steps, begin and every stay this object's.
+        """Loads what :meth:`state_dict` gave. The arguments stay this object's.
 
         Raises:
             ValueError: other groups were steered.
@@ -288,12 +294,8 @@ _SMOOTHING = 0.02
 _GAIN = 50.0
 _MOST_UP = 1.0
 _MOST_DOWN = 0.5
-# While holding, small errors that last are answered faster, and large ones not: those come of
-# single batches. A gain of 150 swings where l1 alone decides the share, as in a lasso.
-_HOLD_GAIN = 90.0
-_HOLD_MOST_UP = 40.0
-_HOLD_MOST_DOWN = 12.0
 _FARTHEST = math.log(1e8)
+_NEAR = 0.005
 
 
 def _share_of_zeros(optimizer: Optimizer) -> float:
