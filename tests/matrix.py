@@ -27,6 +27,7 @@ LEFT_OUT = (
     "tests/test_build.py",
     "tests/test_cuda.py",
     "tests/test_distributed_ddp.py",
+    "tests/test_distributed_dtensor.py",
     "tests/test_gpu_check.py",
     "tests/test_integrations.py",
     "tests/test_readme.py",
