@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -24,3 +26,24 @@ def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.report", "--readme", str(changed), "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode != 0
+
+
+def test_the_comparison_is_that_of_the_committed_runs() -> None:
+    """Every figure in the README's and the page's table, from the runs' own results."""
+    content = json.loads((ROOT / "docs" / "results" / "digits" / "compare.json").read_text())
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/recipe.md")]
+    for name, runs in content["runs"].items():
+        last = [run["history"][-1] for run in runs]
+        assert len(last) == 3
+        for metric in ("train_accuracy", "test_accuracy", "gap"):
+            values = [
+                r[metric] if metric in r else r["train_accuracy"] - r["test_accuracy"] for r in last
+            ]
+            figure = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+            for text in texts:
+                (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} | "))
+                assert figure in row
+        zeros = 100 * statistics.mean(r["zeros"] for r in last)
+        for text in texts:
+            (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} | "))
+            assert (f"{zeros:.1f}" if zeros > 1 else "0") in row
