@@ -63,7 +63,7 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 def clean_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sources alone, as a clone has them."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("csrc", "resnet_reg_ext"):
+    for name in ("csrc", "resnet_reg_ext", "bench"):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
         )
