@@ -302,7 +302,7 @@ def with_block(text: str, block: str) -> str:
 # black, and the background is left out.
 INK = "#7a8087"
 COLOURS = {OURS: "#2f81f7", "sgd_fused": "#e8830c", "foreach_threshold": "#a05ad6"}
-BAR, LIMIT_COLOUR = "#2f81f7", "#d1343f"
+OTHERS, LIMIT_COLOUR = "#e8830c", "#e5534b"
 STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -353,18 +353,22 @@ def _draw_ratios(plt: Any, results: dict[str, Any]) -> Any:
     low = [m - 1 / r["ours_over"]["q80"] for m, r in zip(medians, rows, strict=True)]
     high = [1 / r["ours_over"]["q20"] - m for m, r in zip(medians, rows, strict=True)]
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2))
-    axes.barh(
-        [r["name"] for r in rows], medians, xerr=(low, high), color=BAR, ecolor=INK, capsize=3
-    )
+    colours = [COLOURS[OURS] if r["name"].startswith("ProxSGD") else OTHERS for r in rows]
+    names = [r["name"] for r in rows]
+    axes.barh(names, medians, xerr=(low, high), color=colours, ecolor=INK, capsize=3)
     for place, (median, more) in enumerate(zip(medians, high, strict=True)):
-        axes.text(1.03 * (median + more), place, f"{median:.2f}", va="center")
+        # Right of the whisker, and of the line where the bar ends before it.
+        axes.text(1.04 * max(median + more, 1), place, f"{median:.2f}", va="center")
     axes.axvline(1, color=LIMIT_COLOUR, linewidth=1)
     axes.set_xscale("log")
     axes.set_xlim(0.5, 2 * max(m + h for m, h in zip(medians, high, strict=True)))
     ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100) if t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("time of a step over ProxSGD's (red: ProxSGD = 1); whiskers: 20 % to 80 %")
+    axes.set_xlabel(
+        "time of a step over that of ProxSGD, native, with L1 (red line)\n"
+        "median; whiskers: 20 % to 80 %; blue: other forms of ProxSGD"
+    )
     axes.set_title(_title(table), fontsize=10)
     return figure
 
@@ -393,10 +397,26 @@ def _draw_sizes(plt: Any, results: dict[str, Any]) -> Any:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("elements of one tensor")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(_plain)
+    threads = results["sizes"]["threads"]
+    axes.set_title(
+        f"One float32 tensor, {threads} thread{'s' if threads > 1 else ''}: median; "
+        "shaded: 20 % to 80 %",
+        fontsize=10,
+    )
+    axes.set_xlabel("elements of the tensor")
     axes.set_ylabel("time of a step, ns an element")
     axes.legend()
     return figure
+
+
+def _plain(value: float, _place: int) -> str:
+    """A power of ten as one reads it: 0.1, 10, 10 K, 10 M."""
+    for unit, name in ((1e6, " M"), (1e3, " K")):
+        if value >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
 
 
 # ---- the command --------------------------------------------------------------------------------
