@@ -135,6 +135,7 @@ def test_a_source_distribution_builds_into_a_wheel_without_litter(
         and not (n.startswith("resnet_reg_ext/") and n.endswith((".py", "py.typed")))
     ]
     assert stray == []
+    assert "resnet_reg_ext/bench/command.py" in names
     assert sum(n.startswith("resnet_reg_ext/_C.") for n in names) == 1
 
 
