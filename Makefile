@@ -9,7 +9,7 @@ CUDA ?= 1
 BIN := .venv/bin
 OLD := .venv-older/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
-SOURCES := setup.py pyproject.toml $(shell find csrc resnet_reg_ext -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+SOURCES := setup.py pyproject.toml $(shell find csrc resnet_reg_ext bench -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 WHEEL := build/wheel/.done
 
 .PHONY: demo test test-older test-python-reader test-sanitize test-matrix test-aarch64 gpu-check bench bench-quick lint format clean
@@ -25,7 +25,8 @@ test: .venv/.ready test-older test-python-reader test-sanitize
 # The same wheel, unchanged, on another torch. What needs torchvision or other people's programs,
 # compiles, starts processes or trains a network is left to `test`.
 NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tests/test_build.py \
-	--ignore-glob='*test_recipe*' --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py --ignore=tests/test_readme.py \
+	--ignore-glob='*test_recipe*' --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py \
+	--ignore=tests/test_readme.py --ignore=tests/test_bench.py --ignore=tests/test_instructions.py \
 	--ignore-glob='*test_integrations*' --ignore-glob='*test_distributed*' \
 	--deselect=tests/test_schedules.py::test_the_asked_share_of_zeros_is_reached_and_held_on_digits
 

@@ -12,8 +12,12 @@ from torch.nn import Parameter
 Shape = tuple[int, ...]
 
 FLAT = "flat25m"
-TORCHVISION = {"resnet50": "ResNet-50", "resnet18": "ResNet-18", "vit_b_16": "ViT-B/16"}
-TITLES = {**TORCHVISION, FLAT: "one flat tensor"}
+TITLES = {
+    "resnet50": "ResNet-50",
+    "resnet18": "ResNet-18",
+    "vit_b_16": "ViT-B/16",
+    FLAT: "one flat tensor",
+}
 
 
 class Missing(Exception):
@@ -30,22 +34,61 @@ class Layout:
 
 
 def shapes(model: str) -> list[Shape]:
-    """Shapes of all parameters of a model, in the model's order.
+    """Shapes of all parameters of a model, in the order in which torchvision has them.
 
     Args:
         model: a key of TITLES.
-
-    Raises:
-        Missing: torchvision, which knows the models, isn't installed.
     """
     if model == FLAT:
         return [(25_000_000,)]
-    try:
-        import torchvision
-    except ImportError as error:
-        raise Missing(f"{TITLES[model]}'s shapes come from torchvision: {error}") from None
-    with torch.device("meta"):
-        return [tuple(p.shape) for p in getattr(torchvision.models, model)().parameters()]
+    if model == "vit_b_16":
+        return _vision_transformer(width=768, hidden=3072, layers=12, patch=16, pixels=224)
+    if model == "resnet18":
+        return _residual_network((2, 2, 2, 2), kernels=(3, 3), expansion=1)
+    return _residual_network((3, 4, 6, 3), kernels=(1, 3, 1), expansion=4)
+
+
+def _residual_network(blocks: Sequence[int], kernels: Sequence[int], expansion: int) -> list[Shape]:
+    """He et al., 2015, table 1: convolutions without bias, each with a norm's scale and shift."""
+
+    def convolution(outside: int, inside: int, kernel: int) -> list[Shape]:
+        return [(outside, inside, kernel, kernel), (outside,), (outside,)]
+
+    made = convolution(64, 3, 7)
+    inside = 64
+    for stage, count in enumerate(blocks):
+        width = 64 << stage
+        for block in range(count):
+            came = inside
+            for place, kernel in enumerate(kernels):
+                outside = width * (expansion if place == len(kernels) - 1 else 1)
+                made += convolution(outside, inside, kernel)
+                inside = outside
+            if block == 0 and came != inside:
+                made += convolution(inside, came, 1)
+    return [*made, (1000, inside), (1000,)]
+
+
+def _vision_transformer(
+    width: int, hidden: int, layers: int, patch: int, pixels: int
+) -> list[Shape]:
+    """Dosovitskiy et al., 2020, table 1."""
+
+    def linear(outside: int, inside: int) -> list[Shape]:
+        return [(outside, inside), (outside,)]
+
+    norm: list[Shape] = [(width,), (width,)]
+    layer = [
+        *norm,
+        *linear(3 * width, width),
+        *linear(width, width),
+        *norm,
+        *linear(hidden, width),
+        *linear(width, hidden),
+    ]
+    places = (pixels // patch) ** 2 + 1
+    first: list[Shape] = [(1, 1, width), (width, 3, patch, patch), (width,), (1, places, width)]
+    return [*first, *(layer * layers), *norm, *linear(1000, width)]
 
 
 def split(elements: int, count: int) -> list[Shape]:

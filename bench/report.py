@@ -71,8 +71,6 @@ def bars_table(results: dict[str, Any]) -> str:
 
 def step_table(table: dict[str, Any]) -> str:
     """A table of steps: time, our time over it, memory."""
-    if "missing" in table:
-        return f"Not run: {table['missing']}."
     rows = []
     for row in table["rows"]:
         if "missing" in row:
@@ -118,7 +116,7 @@ def _title(table: dict[str, Any]) -> str:
     if "threads" in table and table["device"] == "cpu":
         parts.append(f"{table['threads']} thread{'s' if table['threads'] > 1 else ''}")
     if "rounds" in table:
-        parts.append(f"{table['rounds']} rounds")
+        parts.append(f"{table['rounds']} round{'s' if table['rounds'] > 1 else ''}")
     return ", ".join(parts)
 
 
@@ -136,33 +134,78 @@ def readme_block(results: dict[str, Any]) -> str:
     )
 
 
+def short(results: dict[str, Any]) -> str:
+    """The bars, the main table and what ran it, to be read in a terminal."""
+    main = results["tables"][0]
+    parts = (
+        f"One step: {_title(main)}. Median (20 % to 80 %).",
+        _aligned(step_table(main)),
+        _aligned(bars_table(results)).replace("**no**", "no    "),
+        machine_line(results),
+    )
+    return "\n\n".join(parts)
+
+
+def _aligned(table: str) -> str:
+    """A Markdown table with columns padded to one width, numbers to the right."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    del rows[1]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
 def markdown(results: dict[str, Any]) -> str:
     """Everything, as a page."""
     parts = ["# What a step costs", machine_line(results), bars_table(results), "## The step"]
     for table in results["tables"]:
         parts += [f"### {_title(table)}", step_table(table)]
     parts += _methods(results["tables"][0])
-    parts += _host(results["host"]) + _sizes(results["sizes"]) + _counts(results["counts"])
-    for training in results["training"]:
+    sections = {
+        "host": _host,
+        "dtensors": _dtensors,
+        "sizes": _sizes,
+        "counts": _counts,
+        "cold_start": _cold_start,
+    }
+    for key, section in sections.items():
+        parts += section(results[key]) if key in results else []
+    for training in results.get("training", ()):
         parts += _training(training)
-    parts += _cold_start(results["cold_start"])
     return "\n\n".join(parts) + "\n"
 
 
 def _methods(table: dict[str, Any]) -> list[str]:
-    lines = "\n".join(f"- {row['name']}: {row['method']}." for row in table["rows"])
-    return ["### What the rows are", lines]
+    lines = [
+        f"- {row['name']}: {row['method']}."
+        + (f" Compiled and checked in {row['compile_s']:.0f} s." if "compile_s" in row else "")
+        for row in table["rows"]
+    ]
+    return ["### What the rows are", "\n".join(lines)]
 
 
 def _host(host: dict[str, Any]) -> list[str]:
+    return [f"## Host time: {host['tensors']} tensors of one element", _host_table(host)]
+
+
+def _dtensors(host: dict[str, Any]) -> list[str]:
+    title = f"## Host time: {host['tensors']} DTensors of one element, one gloo process"
+    return [title, f"Not run: {host['missing']}." if "missing" in host else _host_table(host)]
+
+
+def _host_table(host: dict[str, Any]) -> str:
     rows = [
         (row["name"], _ms(row["us"]), "1" if row["key"] == OURS else _spread(row["ours_over"]))
         for row in host["rows"]
     ]
-    return [
-        f"## Host time: {host['tensors']} tensors of one element",
-        _grid(("step", "µs", "ProxSGD over it"), rows),
-    ]
+    return _grid(("step", "µs", "ProxSGD over it"), rows)
 
 
 NAMES = {
@@ -259,8 +302,8 @@ def with_block(text: str, block: str) -> str:
 # black, and the background is left out.
 INK = "#7a8087"
 COLOURS = {OURS: "#2f81f7", "sgd_fused": "#e8830c", "foreach_threshold": "#a05ad6"}
-BAR, LIMIT_COLOUR = "#2f81f7", "#d1343f"
-STYLE = {
+OTHERS, LIMIT_COLOUR = "#e8830c", "#e5534b"
+STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
@@ -287,8 +330,11 @@ def plots(results: dict[str, Any], folder: Path) -> list[Path]:
         print("no plots: matplotlib isn't installed", file=sys.stderr)
         return []
     made = []
+    drawings = {"ratios": _draw_ratios, "size": _draw_sizes}
     with plt.rc_context(STYLE):
-        for name, draw in (("ratios", _draw_ratios), ("size", _draw_sizes)):
+        for name, draw in drawings.items():
+            if name == "size" and "sizes" not in results:
+                continue
             figure = draw(plt, results)
             path = folder / f"{results['device']}-{name}.svg"
             figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
@@ -307,18 +353,22 @@ def _draw_ratios(plt: Any, results: dict[str, Any]) -> Any:
     low = [m - 1 / r["ours_over"]["q80"] for m, r in zip(medians, rows, strict=True)]
     high = [1 / r["ours_over"]["q20"] - m for m, r in zip(medians, rows, strict=True)]
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2))
-    axes.barh(
-        [r["name"] for r in rows], medians, xerr=(low, high), color=BAR, ecolor=INK, capsize=3
-    )
+    colours = [COLOURS[OURS] if r["name"].startswith("ProxSGD") else OTHERS for r in rows]
+    names = [r["name"] for r in rows]
+    axes.barh(names, medians, xerr=(low, high), color=colours, ecolor=INK, capsize=3)
     for place, (median, more) in enumerate(zip(medians, high, strict=True)):
-        axes.text(1.03 * (median + more), place, f"{median:.2f}", va="center")
+        # Right of the whisker, and of the line where the bar ends before it.
+        axes.text(1.04 * max(median + more, 1), place, f"{median:.2f}", va="center")
     axes.axvline(1, color=LIMIT_COLOUR, linewidth=1)
     axes.set_xscale("log")
     axes.set_xlim(0.5, 2 * max(m + h for m, h in zip(medians, high, strict=True)))
     ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50, 100) if t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("time of a step over ProxSGD's (red: ProxSGD = 1); whiskers: 20 % to 80 %")
+    axes.set_xlabel(
+        "time of a step over that of ProxSGD, native, with L1 (red line)\n"
+        "median; whiskers: 20 % to 80 %; blue: other forms of ProxSGD"
+    )
     axes.set_title(_title(table), fontsize=10)
     return figure
 
@@ -347,10 +397,26 @@ def _draw_sizes(plt: Any, results: dict[str, Any]) -> Any:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("elements of one tensor")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(_plain)
+    threads = results["sizes"]["threads"]
+    axes.set_title(
+        f"One float32 tensor, {threads} thread{'s' if threads > 1 else ''}: median; "
+        "shaded: 20 % to 80 %",
+        fontsize=10,
+    )
+    axes.set_xlabel("elements of the tensor")
     axes.set_ylabel("time of a step, ns an element")
     axes.legend()
     return figure
+
+
+def _plain(value: float, _place: int) -> str:
+    """A power of ten as one reads it: 0.1, 10, 10 K, 10 M."""
+    for unit, name in ((1e6, " M"), (1e3, " K")):
+        if value >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
 
 
 # ---- the command --------------------------------------------------------------------------------

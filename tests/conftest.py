@@ -7,6 +7,7 @@ that the way for an older torch is taken throughout.
 import os
 
 import hypothesis
+import instructions
 import pytest
 import torch
 
@@ -29,10 +30,12 @@ def pytest_configure(config):
 def pytest_report_header(config):
     if not _native.available():
         return f"native module: none ({_native.missing})"
-    return (
+    why_not = instructions.why_not()
+    return [
         f"torch {torch.__version__}, native module with SIMD level {_native._C.simd_level()}, "
-        f"exchange API: {_native._reader.has_exchange_api}"
-    )
+        f"exchange API: {_native._reader.has_exchange_api}",
+        f"instruction counts: {f'not compared, {why_not}' if why_not else 'compared'}",
+    ]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from cuda_harness import DEFAULTS, OPTIONS, STORAGE, UNITS_PER_BLOCK, VECTOR, option_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_figures import resnet50_sizes
 
 from resnet_reg_ext import functional
 from resnet_reg_ext._native import _C
@@ -280,20 +281,6 @@ def test_small_tables(tmp_path: Path):
 
 
 # ---- ResNet-50 whole -----------------------------------------------------------------------------
-
-
-def resnet50_sizes() -> list[int]:
-    """Elements of ResNet-50's 161 parameters, in order (He et al., 2015, table 1)."""
-    sizes = [64 * 3 * 49, 64, 64]
-    inside = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            sizes += [inside * width, width, width, width * width * 9, width, width]
-            sizes += [width * 4 * width, width * 4, width * 4]
-            if block == 0:
-                sizes += [inside * width * 4, width * 4, width * 4]
-            inside = width * 4
-    return [*sizes, 1000 * inside, 1000]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import cuda_harness as harness
 import ptx
 import pytest
-from test_ptx_compiled import MOST_REGISTERS, resources
+from kernel_figures import resources
+from test_ptx_compiled import MOST_REGISTERS
 
 ARCH = "compute_90"
 

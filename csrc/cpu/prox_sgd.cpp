@@ -16,6 +16,8 @@
 namespace prox_sgd::cpu {
 namespace {
 
+constexpr int64_t kElementsAThread = 32768;  // as many as torch's own operations take
+
 Kernel kernel_at(Simd level, Kind kind, Momentum mode, bool extras) {
 #if defined(PROX_SGD_HAS_AVX2)
   if (level == Simd::avx2) return avx2::kernel(kind, mode, extras);
@@ -40,7 +42,11 @@ void run(const std::vector<Operands>& operands, Kind kind, const Options& option
       if (o.zeros != nullptr) __atomic_fetch_add(o.zeros, zeros, __ATOMIC_RELAXED);
     });
   };
-  if (threads > plan.chunks()) threads = static_cast<int>(plan.chunks());
+  // Waking a thread costs as much as some ten thousand elements, and far more on a busy machine.
+  int64_t elements = 0;
+  for (const Operands& o : operands) elements += o.numel;
+  const int64_t worthwhile = std::min(plan.chunks(), 1 + elements / kElementsAThread);
+  if (threads > worthwhile) threads = static_cast<int>(worthwhile);
 #if defined(_OPENMP)
   if (threads > 1) {
     // Chunks are taken as threads come free: a thread that the system holds up delays one chunk,

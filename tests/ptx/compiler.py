@@ -61,7 +61,8 @@ def _run(command: Sequence[str | Path]) -> str:
 
 
 @functools.cache
-def _version(nvcc: Path) -> str:
+def version(nvcc: Path) -> str:
+    """What `nvcc --version` prints."""
     return _run([nvcc, "--version"])
 
 
@@ -107,7 +108,7 @@ def _compile(
     source = source.resolve()
     nvcc = find_nvcc()
     options = [*options, *(f"-I{folder}" for folder in include_dirs)]
-    key = hashlib.sha256(json.dumps([str(source), options, _version(nvcc)]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([str(source), options, version(nvcc)]).encode()).hexdigest()
     folder = _cache() / key[:32]
     record = folder / "record.json"
     if record.exists():

@@ -1,4 +1,4 @@
-"""The step under pytest-benchmark: ``pytest bench --benchmark-only``, compare with its own tools.
+"""The step under pytest-benchmark: ``pytest tests/bench_step.py --benchmark-only``.
 
 The rows of ``bench.run``, without its interleaving: good for watching one of them, while ratios
 are better taken from ``bench.run``.
@@ -14,8 +14,8 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark isn't installed")
 
-from bench import baselines, measure, models, run
-from bench.baselines import BASELINES, COMPILED, Checker
+from resnet_reg_ext.bench import measure, models, run
+from resnet_reg_ext.bench.baselines import BASELINES, COMPILED
 
 DEVICES = (
     "cpu",
@@ -72,19 +72,3 @@ def test_host_time(benchmark: Any, key: str, device: str) -> None:
     """161 tensors of one element."""
     benchmark.group = f"host time, {device}"
     measured(benchmark, key, run.Inputs([(1,)] * 161, models.Layout(device)), device, rounds=200)
-
-
-def test_the_check_notices_a_wrong_step() -> None:
-    """A row that forgets the L1, or shrinks by lr·l1, is not the method and is not timed."""
-    made = run.Inputs([(5000,), (64, 3, 3, 3)], models.Layout())
-    for key, wrong in (("sgd_fused", 1.0), ("softshrink", 0.1)):
-        right = made.problem(BASELINES[key])
-        problem = baselines.Problem(right.params, l1=right.l1 * wrong)
-        step = BASELINES[key].make(problem)
-        check = Checker(made.values, made.grads).check(BASELINES["softshrink"], right, step, 0)
-        assert not check.same
-    # And the right ones are let through, with zeros to tell them apart from plain SGD.
-    for key in ("prox", "pure", "softshrink", "foreach_threshold"):
-        _, checked = run.prepare(BASELINES[key], made)
-        assert checked["check"]["same"]
-        assert 0.1 < checked["check"]["zeros"] < 0.9
