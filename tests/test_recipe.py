@@ -83,6 +83,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     options = [*TINY, "--l1", "1e-2", "--weight-decay", "1e-3", "--label-noise", "0.2"]
     options += ["--epochs", "3", "--evaluate-every", "1", "--augment", "shift", "--seed", "5"]
+    options += ["--target-sparsity", "0.5"]
     train = [RESNET_REG, "train", *options, "--out"]
     whole = subprocess.Popen([*train, folder / "whole"], env=ALONE, stdout=subprocess.DEVNULL)
     stopped = subprocess.Popen(
@@ -122,6 +123,7 @@ def test_ctrl_c_and_resume_give_the_bits_of_a_run_that_went_through(trained, cap
     assert first.confusion == second.confusion
     assert [row["epoch"] for row in first.history] == [1, 2, 3]
     assert 0 < first.last["zeros"] < 1
+    assert whole["optimizer_states"][0]["param_groups"][0]["l1"] != 1e-2  # it has been steered
 
 
 def test_a_run_writes_the_file_that_repeats_it(trained, capsys, tmp_path):
@@ -309,6 +311,8 @@ def test_frozen_stages_do_not_learn_nor_count():
         (["train", "--momentum", "1"], "--momentum: must be at least 0 and below 1, got 1"),
         (["train", "--label-noise", "1.5"], "--label-noise: must be at least 0 and at most 1"),
         (["train", "--seed", "x"], "--seed: must be a whole number, got 'x'"),
+        (["train", "--target-sparsity", "0.5"], "--target-sparsity needs an --l1 above 0"),
+        (["train", "--target-sparsity", "1"], "--target-sparsity: must be at least 0.01 and below"),
         (["train", "--fly"], "unrecognized arguments: --fly"),
         (["train", "--data", "/no/where"], "--data /no/where is not a folder"),
         (["train", "--resume", "/no/where"], "nothing to resume in /no/where"),

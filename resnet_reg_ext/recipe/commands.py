@@ -99,7 +99,10 @@ def _train(arguments: list[str]) -> None:
     add_run_options(parser, Run())
     _add_out(parser, "out/train")
     args = _settle(parser, arguments, "run.yaml")
-    result = train(run_from(args), args.out, resume=args.resume is not None)
+    run = run_from(args)
+    if run.target_sparsity is not None and not run.l1:
+        raise RecipeError("--target-sparsity needs an --l1 above 0 to start from")
+    result = train(run, args.out, resume=args.resume is not None)
     if is_first_process():
         print(f"\n{compare.table({'run': [result]})}")
         names = ("run.yaml", "result.json", "best.ckpt", "last.ckpt", "csv", "tensorboard")

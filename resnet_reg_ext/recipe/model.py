@@ -10,14 +10,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchvision.models import ResNet50_Weights, resnet50
 
-from .. import ProxSGD, Sparsity, param_groups, sparsity
+from .. import ProxSGD, Sparsity, TargetSparsity, param_groups, sparsity
 from .files import RecipeError
 from .settings import STAGES, Run
 
@@ -52,16 +52,21 @@ class Classifier(pl.LightningModule):
         )
         self.losses = nn.ModuleList([MeanMetric(), MeanMetric()])
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> Any:
         """``ProxSGD``; norms and biases are in a group of their own that is not regularised."""
         groups = param_groups(self.model, l1=self.run.l1, weight_decay=self.run.weight_decay)
-        optimizer = ProxSGD(groups, lr=self.run.lr, momentum=self.run.momentum)
+        target = self.run.target_sparsity if self.run.l1 else None
+        optimizer = ProxSGD(
+            groups,
+            lr=self.run.lr,
+            momentum=self.run.momentum,
+            track_sparsity=target is not None,  # counted in the step's own pass
+        )
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        schedules: list[LRScheduler] = [CosineAnnealingLR(optimizer, steps)]
+        if target is not None:
+            schedules.append(TargetSparsity(optimizer, target, steps=max(1, steps * 4 // 5)))
+        return [optimizer], [{"scheduler": s, "interval": "step"} for s in schedules]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (count, classes) of images (count, 3, h, w)."""

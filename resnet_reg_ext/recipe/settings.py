@@ -32,6 +32,7 @@ class Run:
     weights: str = "none"
     freeze: str = "none"
     l1: float = 0.0
+    target_sparsity: float | None = None
     weight_decay: float = 0.0
     lr: float = 0.02
     momentum: float = 0.9
@@ -122,6 +123,13 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Run, *, l1: bool 
     add(training, "freeze", "freeze everything up to this stage", choices=STAGES)
     if l1:
         add(training, "l1", "coefficient of the L1 norm", type=rate)
+    add(
+        training,
+        "target_sparsity",
+        "share of the regularised weights to be zero within 80 %% of the steps: l1 is steered from "
+        "--l1 on, and the zeros are then frozen",
+        type=in_range(float, 0.01, 1, below=True),
+    )
     add(training, "weight_decay", "coefficient of half the squared L2 norm", type=rate)
     add(training, "lr", "learning rate at the start; falls to 0 along a cosine", type=rate)
     add(training, "momentum", "momentum", type=in_range(float, 0, 1, below=True))
