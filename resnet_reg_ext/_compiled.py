@@ -42,12 +42,12 @@ class Row(NamedTuple):
 @torch.library.custom_op(
     "resnet_reg_ext::prox_sgd_step",
     mutates_args=("params", "momenta", "masters"),
-    schema="(int optimizer, int[] groups, int[] positions, int[] kinds, Tensor(a!)[] params, "
+    schema="(str optimizer, int[] groups, int[] positions, int[] kinds, Tensor(a!)[] params, "
     "Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] masters, int[] option_keys, "
     "Tensor[] options, Tensor? grad_scale, Tensor? grad_coefficient, Tensor? found_inf) -> ()",
 )
 def prox_sgd_step(
-    optimizer: int,
+    optimizer: str,
     groups: Sequence[int],
     positions: Sequence[int],
     kinds: Sequence[int],
@@ -107,18 +107,19 @@ class _Group(NamedTuple):
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _read_groups(optimizer: int) -> tuple[_Group, ...] | None:
+def _read_groups(optimizer: str) -> tuple[_Group, ...] | None:
     """Read once, while compiling, without a guard on the options' values.
 
     None if there are DTensors, which the operator can't take.
     """
     alive = optimizers[optimizer]
     groups = alive.param_groups
-    alive._groups_traced = groups
-    # By position, as dynamo guards the keys of a dict, and these keys are parameters.
-    alive._states_traced = [[alive.state[p] for p in group["params"]] for group in groups]
     if any(_distributed.has_dtensors(group["params"]) for group in groups):
         return None
+    alive._groups_traced = groups
+    # By position, as dynamo guards the keys of a dict, and these keys are parameters. What isn't in
+    # the state yet comes into it when the step has run.
+    alive._states_traced = [[alive.state.get(p, {}) for p in group["params"]] for group in groups]
     return tuple(
         _Group(
             bool(group["momentum"] != 0),

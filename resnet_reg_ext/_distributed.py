@@ -39,6 +39,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor if dtensor is None else _locals([tensor], dtensor)[0]
 
 
+def countable(tensor: Any) -> Tensor:
+    """What a process counts of a tensor: of a DTensor its part, or all of what is still a sum."""
+    dtensor = _dtensor_type()
+    if dtensor is not None and isinstance(tensor, dtensor) and _has_partial(tensor.placements):
+        total: Tensor = tensor.full_tensor()
+        return total
+    return local(tensor)
+
+
 def whole(tensor: Any) -> Any:
     """A DTensor's value as an ordinary tensor, the same in every process; all must take part."""
     dtensor = _dtensor_type()
@@ -104,17 +113,26 @@ def _has_partial(placements: tuple[Any, ...]) -> bool:
     return any(placement.is_partial() for placement in placements)
 
 
+def check_alike(param: Tensor, operand: Tensor, what: str, name: str) -> None:
+    """Refuses a DTensor beside an ordinary tensor.
+
+    Raises:
+        ValueError: says which is which.
+    """
+    divided = [has_dtensors([tensor]) for tensor in (param, operand)]
+    if divided == [True, False]:
+        raise ValueError(f"{name}: the parameter is a DTensor and its {what} is not")
+    if divided == [False, True]:
+        raise ValueError(f"{name}: the {what} is a DTensor and its parameter is not")
+
+
 def _check(param: Any, operand: Any, what: str, name: str) -> None:
     """Refuses what can't be made alike: only a gradient's placements can.
 
     Raises:
         ValueError: says what is wrong.
     """
-    divided = [hasattr(tensor, "placements") for tensor in (param, operand)]
-    if divided == [True, False]:
-        raise ValueError(f"{name}: the parameter is a DTensor and its {what} is not")
-    if divided == [False, True]:
-        raise ValueError(f"{name}: the {what} is a DTensor and its parameter is not")
+    check_alike(param, operand, what, name)
     if _has_partial(param.placements):
         raise ValueError(
             f"{name}: the parameter's placements are {param.placements}: a sum that is still to be "
@@ -148,7 +166,7 @@ def summed(counts: Sequence[Tensor], params: Sequence[Any]) -> list[Tensor]:
     for i, param in enumerate(params):
         if dtensor is not None and isinstance(param, dtensor):
             shards = tuple(not placement.is_replicate() for placement in param.placements)
-            if any(shards):
+            if any(shards) and not _has_partial(param.placements):
                 alike.setdefault((param.device_mesh, shards), []).append(i)
     for (mesh, shards), members in alike.items():
         from torch.distributed.tensor import Partial, Replicate

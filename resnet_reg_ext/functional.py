@@ -382,7 +382,9 @@ def prepare_prox_sgd(
     index into words for an error. None is returned if ``values`` tell that the step is to be
     skipped; on a CUDA device, the kernel itself may skip it.
     """
-    if _distributed.has_dtensors(bucket.params, bucket.grads):
+    if _distributed.has_dtensors(
+        bucket.params, bucket.grads, bucket.momenta or [], bucket.masters or []
+    ):
         parts = _distributed.local_bucket(bucket, name)
         run = prepare_prox_sgd(parts, h, fused, name, values)
         return run and partial(_run_on_parts, run, bucket)
@@ -548,6 +550,7 @@ def check_state(param: Tensor, value: Any, key: str, name: str) -> None:
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: {key} is {value!r}: must be a tensor")
+    _distributed.check_alike(param, value, key, name)
     if value.is_neg():
         raise ValueError(f"{name}: {key} is a lazily negated view: call resolve_neg()")
     if value.shape != param.shape:

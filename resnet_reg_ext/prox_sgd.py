@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 _Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-# Compiled code holds a number that stands for its optimizer for as long as that lives.
-optimizers: weakref.WeakValueDictionary[int, ProxSGD] = weakref.WeakValueDictionary()
+# Compiled code holds a number that stands for its optimizer for as long as that lives. It is a
+# string, as dynamo makes a variable of an integer that it has seen change.
+optimizers: weakref.WeakValueDictionary[str, ProxSGD] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -163,8 +164,12 @@ class ProxSGD(Optimizer):
     def _prepare_for_compiling(self) -> None:
         """What ``_compiled`` needs; a pickle or a copy doesn't have it."""
         if "_number" not in self.__dict__:
-            self._number = next(_numbers)
+            self._number = str(next(_numbers))
             optimizers[self._number] = self
+        self._forget_traced()
+
+    def _forget_traced(self) -> None:
+        """Makes compiled code look at groups and state anew."""
         self._groups_traced: list[dict[str, Any]] = []
         self._states_traced: list[list[dict[str, Any]]] = []
 
@@ -273,7 +278,7 @@ class ProxSGD(Optimizer):
 
         With ``track_sparsity=True`` they were counted in the last step and need no reading of the
         parameters; those that were changed in another way since then, in a way that autograd
-        notices, are counted anew.
+        notices, are counted anew, as are all after a step inside ``torch.compile``, and DTensors.
         """
         return sparsity(self)
 
@@ -349,6 +354,8 @@ class ProxSGD(Optimizer):
             run()
         for param, key, value in created:
             self.state[param][key] = value
+        if created and self._groups_traced:
+            self._forget_traced()
         if counted:
             self._counted = [c.with_versions() for c in counted]
 
@@ -367,12 +374,18 @@ class ProxSGD(Optimizer):
         for row in rows:
             group = self._groups_traced[row.group]
             param = group["params"][row.position]
-            if (
-                group is not self.param_groups[row.group]
-                or self.state[param] is not self._states_traced[row.group][row.position]
+            state, traced = self.state.get(param, _NO_STATE), self._state_traced(row)
+            if group is not self.param_groups[row.group] or (
+                state is not traced and (state or traced)
             ):
                 raise RuntimeError(
                     "ProxSGD: param_groups or state was replaced since the step was compiled; call "
+                    "torch.compiler.reset()"
+                )
+            if has_master(group, param) is not (row.master is not None):
+                raise RuntimeError(
+                    f"{_name(group, row.group, row.position)}: master_weights is "
+                    f"{group['master_weights']}, but was not when the step was compiled; call "
                     "torch.compiler.reset()"
                 )
         scaling = _given(grad_scale, grad_coefficient, found_inf)
@@ -380,17 +393,19 @@ class ProxSGD(Optimizer):
         for row in rows:
             alike.setdefault((row.group, row.first, row.master is not None), []).append(row)
         runs = []
-        for (index, first, has_master), members in alike.items():
+        for (index, first, with_master), members in alike.items():
             group = {**self.param_groups[index], **tensors.get(index, {})}
             h, values = _options(group, index, scaling)
             params, grads, momenta, masters = (
                 [getattr(row, key) for row in members]
                 for key in ("param", "grad", "momentum", "master")
             )
-            if h.momentum != 0 and momenta[0] is None:
+            # A first step without momentum would leave the new buffers unwritten.
+            if (h.momentum != 0) is not (momenta[0] is not None) and (first or h.momentum != 0):
                 raise RuntimeError(
-                    f"ProxSGD: param_groups[{index}]: momentum is {h.momentum}, but was 0 when "
-                    "the step was compiled; compile it again (torch.compiler.reset())"
+                    f"ProxSGD: param_groups[{index}]: momentum is {h.momentum}, but was "
+                    f"{'not ' if h.momentum == 0 else ''}0 when the step was compiled; call "
+                    "torch.compiler.reset()"
                 )
             if params[0].is_cuda and not group["capturable"]:
                 self._cuda_graph_capture_health_check()
@@ -399,7 +414,7 @@ class ProxSGD(Optimizer):
                     params,
                     grads,
                     momenta if h.momentum != 0 else None,
-                    masters if has_master else None,
+                    masters if with_master else None,
                     first,
                 ),
                 h,
@@ -411,6 +426,13 @@ class ProxSGD(Optimizer):
                 runs.append(run)
         for run in runs:
             run()
+        for row in rows:
+            if row.first or row.master is not None:
+                param = self.param_groups[row.group]["params"][row.position]
+                self.state[param] = self._state_traced(row)
+
+    def _state_traced(self, row: Row) -> dict[str, Any]:
+        return self._states_traced[row.group][row.position]
 
     def _scaling(self, grad_coefficient: float | Tensor | None) -> DeviceValues | None:
         """What a GradScaler and the caller say of the gradients; None if nothing."""
@@ -613,7 +635,8 @@ def _buckets(
 
 def _tracked(buckets: list[tuple[Bucket, _New]], tracks: bool) -> list[tuple[Bucket, _New]]:
     """Gives buckets counters if zeros are counted; each is on one device then."""
-    if not tracks:
+    # Of DTensors no count is kept: not every way to load them raises their version.
+    if not tracks or any(_distributed.has_dtensors(bucket.params) for bucket, _ in buckets):
         return buckets
     tracked = []
     for bucket, new in buckets:

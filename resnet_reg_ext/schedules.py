@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,14 +26,13 @@ class _L1Steering(LRScheduler):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{name}: optimizer is a {type(optimizer).__name__}: must be ProxSGD")
         self.optimizer = optimizer
-        # A schedule that has ended at 0 has left its groups an initial l1.
-        self._groups = [
-            i
-            for i, group in enumerate(optimizer.param_groups)
-            if group.get("l1", 0.0) > 0 or group.get("initial_l1", 0.0) > 0
-        ]
+        self.last_epoch = 0
+        self._groups = [i for i, g in enumerate(optimizer.param_groups) if self._is_steered(g)]
         if not self._groups:
             raise ValueError(f"{name}: no parameter group has an l1 above 0")
+
+    def _is_steered(self, group: dict[str, Any]) -> bool:
+        return bool(group.get("l1", 0.0) > 0)
 
     def _steered(self) -> list[dict[str, Any]]:
         return [self.optimizer.param_groups[i] for i in self._groups]
@@ -64,7 +64,8 @@ class L1Scheduler(_L1Steering):
     """Moves l1 as any of ``torch.optim.lr_scheduler``'s classes moves lr.
 
     The groups whose l1 is above 0 at construction are scheduled, each from its own l1; that stays
-    in the group as ``initial_l1``. The others, and lr, are left alone.
+    in the group as ``initial_l1``, from which another schedule of the group starts too, as with
+    lr. The other groups, and lr, are left alone.
 
     Args:
         optimizer: a :class:`resnet_reg_ext.ProxSGD`.
@@ -106,6 +107,10 @@ class L1Scheduler(_L1Steering):
             group["initial_l1"] = stand_in.get("initial_lr", stand_in["lr"])
         self._set_l1([float(group["lr"]) for group in self._stand_in.param_groups])
 
+    def _is_steered(self, group: dict[str, Any]) -> bool:
+        # A schedule that has ended at 0 has left its groups an initial l1.
+        return super()._is_steered(group) or group.get("initial_l1", 0.0) > 0
+
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Goes to the next l1; after ``optimizer.step()``.
 
@@ -118,20 +123,29 @@ class L1Scheduler(_L1Steering):
             group["lr"] = l1  # a checkpoint of the optimizer may have been loaded since
         self._stand_in.step()  # a scheduler warns where its optimizer has not stepped
         self._schedule.step(*args, **kwargs)
+        self.last_epoch += 1
         self._set_l1([float(group["lr"]) for group in self._stand_in.param_groups])
 
     def state_dict(self) -> dict[str, Any]:
-        """The scheduler's state; each l1 itself is in the optimizer's, as lr is."""
-        return {"groups": self._groups, "schedule": self._schedule.state_dict()}
+        """The scheduler's state."""
+        return {
+            "groups": self._groups,
+            "l1": self.get_last_l1(),
+            "last_epoch": self.last_epoch,
+            "schedule": self._schedule.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` gave.
+        """Loads what :meth:`state_dict` gave, and sets l1; before or after the optimizer's.
 
         Raises:
             ValueError: other groups were scheduled.
         """
         self._check_groups(state_dict)
+        l1, last_epoch = state_dict["l1"], state_dict["last_epoch"]
         self._schedule.load_state_dict(state_dict["schedule"])
+        self.last_epoch = last_epoch
+        self._set_l1(l1)
 
 
 class TargetSparsity(_L1Steering):
@@ -149,8 +163,8 @@ class TargetSparsity(_L1Steering):
     million.
 
     Once the share is within half a point of the target, in the second half of that time or later,
-    the groups' zeros are frozen as by :meth:`resnet_reg_ext.ProxSGD.freeze_zeros`: the share stays
-    what it is, and the weights that are left are trained on without L1's bias. With
+    the groups' zeros are frozen, once, as by :meth:`resnet_reg_ext.ProxSGD.freeze_zeros`: the
+    share stays what it is, and the weights that are left are trained on without L1's bias. With
     ``freeze=False`` steering goes on instead. A single batch with large gradients then moves
     weights off zero, for a few steps, faster than l1 can answer: only the share's average is held,
     and in a noisy run by a point or two.
@@ -199,6 +213,9 @@ class TargetSparsity(_L1Steering):
                 f"TargetSparsity: begin is {begin} and steps is {steps}: "
                 "begin must be at least 0, and steps above it"
             )
+        for name, value in (("steps", steps), ("begin", begin), ("every", every)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"TargetSparsity: {name} is {value!r}: must be a whole number")
         every = max(1, (steps - begin) // 1000) if every is None else every
         if not 1 <= every <= steps - begin:
             raise ValueError(
@@ -212,7 +229,7 @@ class TargetSparsity(_L1Steering):
         self.every = every
         self.freeze = freeze
         self._start_l1 = self.get_last_l1()
-        self._step = 0
+        self._reached = False
         self._start_share = 0.0
         self._share: float | None = None
         self._slope = 0.0
@@ -238,10 +255,11 @@ class TargetSparsity(_L1Steering):
         """
         if all(group.get("frozen_zeros") for group in self._steered()):
             return
-        self._step += 1
-        if self._step <= self.begin or (self._step - self.begin) % self.every:
+        self.last_epoch += 1
+        passed_steps = self.last_epoch - self.begin
+        if passed_steps <= 0 or passed_steps % self.every:
             return
-        share = _share_of_zeros(self.optimizer)
+        share = self._count()
         if self._share is None:
             self._share = self._start_share = share
         length = self.steps - self.begin
@@ -249,18 +267,30 @@ class TargetSparsity(_L1Steering):
         rise = (self._log_odds(share) - self._log_odds(self._share)) / passed
         self._slope += min(1.0, passed / _SMOOTHING) * (rise - self._slope)
         self._share = share
-        half_way = self._step >= self.begin + length / 2
-        if self.freeze and half_way and abs(share - self.target) <= _NEAR:
+        near = passed_steps >= length / 2 and abs(share - self.target) <= _NEAR
+        if self.freeze and near and not self._reached:
+            self._reached = True
             for group in self._steered():
                 group["frozen_zeros"] = True
             return
 
-        ahead = self._log_odds(self.asked(self._step + _LOOK_AHEAD * length))
+        ahead = self._log_odds(self.asked(self.last_epoch + _LOOK_AHEAD * length))
         ahead -= self._log_odds(share) + _LOOK_AHEAD * self._slope
         self._log_factor += _GAIN * passed * min(max(ahead, -_MOST_DOWN), _MOST_UP)
         self._log_factor = min(max(self._log_factor, -_FARTHEST), _FARTHEST)
         factor = math.exp(self._log_factor)
         self._set_l1([factor * l1 for l1 in self._start_l1])
+
+    def _count(self) -> float:
+        """The share of exact zeros in the steered groups."""
+        layers = iter(sparsity(self.optimizer).layers)
+        zeros = size = 0
+        for index, group in enumerate(self.optimizer.param_groups):
+            for layer in itertools.islice(layers, len(group["params"])):
+                if index in self._groups:
+                    zeros += layer.zeros
+                    size += layer.size
+        return zeros / size if size else 0.0
 
     def _log_odds(self, share: float) -> float:
         """Finite at both ends: beyond 1 % and 99.5 %, or half-way to the target, it is flat."""
@@ -279,11 +309,20 @@ class TargetSparsity(_L1Steering):
             ValueError: other groups were steered.
         """
         self._check_groups(state_dict)
-        for key in _STATE:
-            setattr(self, key, state_dict[key])
+        values = {key: state_dict[key] for key in _STATE}
+        for key, value in values.items():
+            setattr(self, key, value)
 
 
-_STATE = ("_start_l1", "_step", "_start_share", "_share", "_slope", "_log_factor")
+_STATE = (
+    "last_epoch",
+    "_start_l1",
+    "_reached",
+    "_start_share",
+    "_share",
+    "_slope",
+    "_log_factor",
+)
 
 # Tuned on ResNets of three sizes on digit images, at targets of 0.5, 0.8 and 0.95. Zeros come about
 # as slowly as l1 pulls weights in, and go again only once l1 is below the gradients: hence the look
@@ -296,8 +335,3 @@ _MOST_UP = 1.0
 _MOST_DOWN = 0.5
 _FARTHEST = math.log(1e8)
 _NEAR = 0.005
-
-
-def _share_of_zeros(optimizer: Optimizer) -> float:
-    """The share of exact zeros in all groups that have an l1: the one place that counts."""
-    return sparsity(optimizer).regularised.fraction

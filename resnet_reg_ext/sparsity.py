@@ -100,7 +100,7 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
         # One transfer for all counts, not one for each.
         known: dict[Tensor, Tensor] = getattr(source, "_zeros_known", dict)()
         counts = [
-            known[p] if p in known else (_distributed.local(p.detach()) == 0).sum()
+            known[p] if p in known else (_distributed.countable(p.detach()) == 0).sum()
             for _, p, _ in named
         ]
         counts = _distributed.summed(counts, [p for _, p, _ in named])
@@ -120,8 +120,9 @@ def _parameters(source: nn.Module | Optimizer) -> Iterator[tuple[str, Tensor, fl
     elif isinstance(source, Optimizer):
         for g, group in enumerate(source.param_groups):
             names = group.get("param_names")
+            l1 = float(group.get("l1", 0.0))
             for i, parameter in enumerate(group["params"]):
                 name = names[i] if names else f"param_groups[{g}]['params'][{i}]"
-                yield name, parameter, group.get("l1", 0.0)
+                yield name, parameter, l1
     else:
         raise TypeError(f"sparsity: {type(source).__name__} is neither a module nor an optimizer")

@@ -125,6 +125,23 @@ def placements(mesh):
     return results
 
 
+def odd_ones(mesh):
+    """A scalar, a tensor of which one process has nothing, and an ordinary one, in one group."""
+    params = [
+        nn.Parameter(distribute_tensor(torch.tensor(0.5), mesh, [Replicate()])),
+        nn.Parameter(distribute_tensor(VALUES[:1].clone(), mesh, [Shard(0)])),
+        nn.Parameter(VALUES.clone()),
+    ]
+    grads = [torch.tensor(2.0), GRADS[:1], GRADS]
+    optimizer = ProxSGD(params, **OPTIONS, fused=True, track_sparsity=True)
+    for _ in range(2):
+        for p, g in zip(params, grads, strict=True):
+            is_whole = not isinstance(p, DTensor)
+            p.grad = g.clone() if is_whole else distribute_tensor(g.clone(), mesh, p.placements)
+        optimizer.step()
+    return [whole(p.detach()) for p in params], optimizer.sparsity().zeros
+
+
 def refusals(mesh):
     """The words of each error, and whether the parameter was left alone."""
 
@@ -137,11 +154,27 @@ def refusals(mesh):
         optimizer = ProxSGD([("w", param)], **OPTIONS)
         if state is not None:
             optimizer.state[param]["momentum_buffer"] = state
-        before = param.to_local().clone()
+        part = param.to_local() if isinstance(param, DTensor) else param.detach()
+        before = part.clone()
         try:
             optimizer.step()
         except ValueError as error:
-            return str(error), torch.equal(param.to_local(), before)
+            return str(error), torch.equal(part, before)
+        return "no error", False
+
+    def load(of_state, into):
+        """A checkpoint of one kind into an optimizer of the other."""
+        optimizers = []
+        for tensor in (of_state, into):
+            param = nn.Parameter(tensor)
+            param.grad = torch.ones_like(param)
+            optimizers.append(ProxSGD([("w", param)], **OPTIONS))
+            optimizers[-1].step()
+        before = optimizers[1].state_dict()["state"][0]["momentum_buffer"]
+        try:
+            optimizers[1].load_state_dict(optimizers[0].state_dict())
+        except ValueError as error:
+            return str(error), optimizers[1].state_dict()["state"][0]["momentum_buffer"] is before
         return "no error", False
 
     partial = DTensor.from_local(VALUES.clone(), mesh, [Partial()])
@@ -150,6 +183,9 @@ def refusals(mesh):
         "partial": attempt(partial, torch.ones_like(partial)),
         "plain momentum": attempt(dtensor(row), dtensor(row), torch.zeros(7, 5)),
         "momentum elsewhere": attempt(dtensor(row), dtensor(row), dtensor(column)),
+        "momentum divided": attempt(VALUES.clone(), GRADS.clone(), dtensor(row)),
+        "plain checkpoint": load(VALUES.clone(), dtensor(row)),
+        "divided checkpoint": load(dtensor(row), VALUES.clone()),
     }
 
 
@@ -210,6 +246,7 @@ def main(folder: Path) -> None:
         "fsdp, master weights": fsdp(torch.bfloat16, master_weights=True),
         "checkpoint of one": checkpoints(folder),
         "placements": placements(mesh),
+        "odd ones": odd_ones(mesh),
         "refusals": refusals(mesh),
         "tensor parallel": tensor_parallel(mesh),
         "clipped": clipped(),

@@ -296,6 +296,76 @@ def test_bad_options_are_refused_when_it_runs_before_anything_changes():
         assert_same(p, q)
 
 
+def test_momentum_that_is_zero_where_the_compiled_step_would_be_the_first():
+    """The new buffers would be left unwritten and taken for momentum later."""
+    model, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=0.05))[0]
+    step = compiled(optimizer.step)
+    backward(model, 0)
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: lr is -1.0"):
+        step()
+    assert optimizer.state_dict()["state"] == {}
+    optimizer.param_groups[0] |= {"lr": 0.05, "momentum": 0.0}
+    with pytest.raises(RuntimeError, match=r"momentum is 0.0, but was not 0 when the step"):
+        step()
+    assert optimizer.state_dict()["state"] == {}
+    optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.9
+    step()
+    for p in model.parameters():  # weight decay is the last step's, on weights that were near
+        buffer = optimizer.state[p]["momentum_buffer"]
+        torch.testing.assert_close(buffer, p.grad, rtol=0, atol=2e-4)
+
+
+def test_master_weights_asked_for_after_compiling():
+    model, optimizer = pair(lambda m: ProxSGD(m.named_parameters(), lr=0.05), torch.bfloat16)[0]
+    step = compiled(optimizer.step)
+    for number in range(2):
+        backward(model, number)
+        step()
+    optimizer.param_groups[0]["master_weights"] = True
+    with pytest.raises(RuntimeError, match=r"\(0.weight\): master_weights is True, but was not"):
+        step()
+
+
+def test_no_state_is_left_where_there_is_none():
+    """An empty entry would be taken for an initialised state, by distributed checkpoints too."""
+    _, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=0.05))[0]
+    compiled(optimizer.step)()  # no gradients yet
+    assert optimizer.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_several_optimizers_in_one_process(dynamic):
+    for _ in range(3):
+        ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2))
+        step = compiled(ours[1].step, dynamic=dynamic)
+        for number in range(3):
+            for model, _ in (ours, expected):
+                backward(model, number)
+            step()
+            expected[1].step()
+        assert_same_run(ours, expected)
+
+
+def test_a_closure_and_hooks():
+    ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2))
+    called = []
+    for _, optimizer in (ours, expected):
+        optimizer.register_step_post_hook(lambda *_: called.append(1))
+
+    def step_of(model, optimizer):
+        return lambda: optimizer.step(lambda: sum(p.sum() for p in model.parameters()))
+
+    step, other = torch.compile(step_of(*ours), backend=BACKEND), step_of(*expected)
+    for number in range(3):
+        for model, _ in (ours, expected):
+            backward(model, number)
+        torch.testing.assert_close(step(), other())
+    assert_same_run(ours, expected)
+    assert len(called) == 6
+
+
 def test_momentum_that_was_zero_when_compiled():
     model, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, momentum=0.0))[0]
     step = compiled(optimizer.step)
@@ -325,7 +395,6 @@ def test_the_optimizer_can_be_collected():
     step()
     number = optimizer._number
     del optimizer, step
-    torch._dynamo.reset()
     gc.collect()
     ours = list(model.parameters())
     with pytest.raises(RuntimeError, match="after its optimizer was deleted"):

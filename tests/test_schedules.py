@@ -219,22 +219,41 @@ def resumed(state, make_schedule, coefficients, l1_of_a_new_one=0.7):
     return optimizer, schedule
 
 
-@pytest.mark.parametrize("name", sorted(set(LR_SCHEDULERS) - {"ReduceLROnPlateau"}))
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
 def test_resuming_goes_on_as_if_nothing_had_happened(name):
     optimizer = optimizer_with(0.1, 0.0, 0.2)
     schedule = L1Scheduler(optimizer, LR_SCHEDULERS[name])
-    follow(optimizer, schedule, 5)
+
+    def step(optimizer, schedule, number):
+        optimizer.step()
+        schedule.step(*([loss_of(number)] if name == "ReduceLROnPlateau" else []))
+
+    for number in range(5):
+        step(optimizer, schedule, number)
     again, schedule_again = resumed(
         (optimizer.state_dict(), schedule.state_dict()),
         lambda o: L1Scheduler(o, LR_SCHEDULERS[name]),
         (0.1, 0.0, 0.2),
     )
     assert values(again) == values(optimizer)
-    for _ in range(6):
-        for o, s in ((optimizer, schedule), (again, schedule_again)):
-            o.step()
-            s.step()
+    for number in range(5, 11):
+        step(optimizer, schedule, number)
+        step(again, schedule_again, number)
         assert values(again) == values(optimizer)
+    assert schedule_again.last_epoch == 11
+
+
+@pytest.mark.parametrize("name", ["LinearLR", "LambdaLR", "OneCycleLR"])
+def test_resuming_where_the_optimizer_was_loaded_before_the_schedule_was_made(name):
+    optimizer = optimizer_with(0.1)
+    schedule = L1Scheduler(optimizer, LR_SCHEDULERS[name])
+    follow(optimizer, schedule, 5)
+    again = optimizer_with(0.1)
+    again.load_state_dict(optimizer.state_dict())
+    schedule_again = L1Scheduler(again, LR_SCHEDULERS[name])  # sets the first l1
+    schedule_again.load_state_dict(schedule.state_dict())
+    assert values(again) == values(optimizer)
+    assert follow(again, schedule_again, 4) == follow(optimizer, schedule, 4)
 
 
 def test_resuming_where_a_schedule_had_come_to_zero():
@@ -459,6 +478,45 @@ def test_freezes_the_zeros_at_the_target_and_the_others_lose_the_bias():
     p = optimizer.param_groups[0]["params"][0].detach()
     # Without L1 the minimiser is a itself, on the support.
     torch.testing.assert_close(p[p != 0], a[p != 0])
+
+
+def test_zeros_are_frozen_once_and_not_again_where_the_user_ends_it():
+    a, optimizer = lasso(0.01)
+    steering = TargetSparsity(optimizer, 0.7, steps=400)
+    for _ in steer(optimizer, steering, a, 400):
+        pass
+    assert optimizer.param_groups[0]["frozen_zeros"]
+    optimizer.freeze_zeros(False)
+    for _ in steer(optimizer, steering, a, 200):
+        pass
+    assert not optimizer.param_groups[0]["frozen_zeros"]
+    assert steering.share == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_group_that_is_given_an_l1_later_is_neither_steered_nor_counted():
+    a, optimizer = lasso(0.01)
+    other = nn.Parameter(torch.ones(4000))
+    optimizer.add_param_group({"params": [other], "l1": 0.0})
+    steering = TargetSparsity(optimizer, 0.7, steps=400)
+    optimizer.param_groups[1]["l1"] = 0.5
+    *_, last = steer(optimizer, steering, a, 400)
+    assert steering.share == last == pytest.approx(0.7, abs=0.005)
+    assert optimizer.param_groups[1]["l1"] == 0.5
+    assert not optimizer.param_groups[1]["frozen_zeros"]
+
+
+def test_a_group_whose_schedule_has_ended_at_zero_can_not_be_steered():
+    optimizer = optimizer_with(0.1)
+    schedule = L1Scheduler(optimizer, lr_scheduler.LinearLR, end_factor=0.0, total_iters=2)
+    follow(optimizer, schedule, 2)
+    with pytest.raises(ValueError, match="TargetSparsity: no parameter group has an l1 above 0"):
+        TargetSparsity(optimizer, 0.5, steps=10)
+
+
+@pytest.mark.parametrize("options", [{"steps": 9.0}, {"steps": 9, "begin": 0.5}, {"every": True}])
+def test_steps_must_be_whole_numbers(options):
+    with pytest.raises(TypeError, match=r"TargetSparsity: .* must be a whole number"):
+        TargetSparsity(optimizer_with(0.1), **{"steps": 10, **options})
 
 
 def test_waits_while_zeros_are_frozen():
