@@ -575,7 +575,7 @@ _COMPUTE_DTYPE = {
 
 # Elements that the pure update works on at a time on a CPU, so that what one operation leaves is
 # still in the cache when the next one reads it (bench/NOTES.md).
-_BATCH = 1 << 16
+_BATCH = 1 << 18
 
 
 @torch.no_grad()

@@ -375,3 +375,21 @@ def test_right_where_torchs_fused_sgd_pairs_by_address():
     assert_same(p, q)
     # The exact answer, whoever computes it: start - 0.1 * 10 * start, rounded once.
     assert torch.allclose(p, torch.zeros_like(start), atol=1e-5)  # 0.1 is not exact in float32
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tensor_that_pure_pytorch_cuts_in_pieces(dtype, format):
+    """More elements than it works on at a time, which don't divide evenly, among small ones."""
+    shapes = (70, 1, 1, 1), (700, 131, 3, 3), (3, 5, 1, 1)
+    results = []
+    for fused in (True, False):
+        params = [nn.Parameter(randn(s, 0, dtype).to(memory_format=format)) for s in shapes]
+        optimizer = ProxSGD(params, **OPTIONS, fused=fused)
+        for step in range(2):
+            for p in params:
+                p.grad = randn(p.shape, 1 + step, dtype).to(memory_format=format)
+            optimizer.step()
+        results.append([*params, *(optimizer.state[p]["momentum_buffer"] for p in params)])
+    for native, pure in zip(*results, strict=True):
+        assert_same(native, pure)
