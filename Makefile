@@ -18,9 +18,13 @@ demo: .venv/.ready
 	rm -rf out/demo
 	OMP_WAIT_POLICY=passive $(BIN)/resnet-reg compare --out out/demo
 
+# Two processes of tests whose waiting threads leave the cores to each other.
+BOTH_CORES := OMP_WAIT_POLICY=passive
+IN_TWO := -n 2 --dist loadfile
+
 # The run on .venv comes last, so that its summary is the last thing printed.
 test: .venv/.ready test-older test-python-reader test-sanitize
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile
+	$(BOTH_CORES) $(BIN)/pytest $(IN_TWO)
 
 # The same wheel, unchanged, on another torch. What needs torchvision or other people's programs,
 # compiles, starts processes or trains a network is left to `test`.
@@ -31,11 +35,12 @@ NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tes
 	--deselect=tests/test_schedules.py::test_the_asked_share_of_zeros_is_reached_and_held_on_digits
 
 test-older: .venv-older/.ready
-	$(OLD)/pytest -q $(NATIVE_TESTS)
+	$(BOTH_CORES) $(OLD)/pytest -q $(IN_TWO) $(NATIVE_TESTS)
 
 # The slower way to read tensors, that of a torch without DLPack's C exchange API.
 test-python-reader: .venv/.ready
-	RESNET_REG_EXT_TEST_NO_EXCHANGE_API=1 $(BIN)/pytest -q $(NATIVE_TESTS) --ignore=tests/test_compile.py
+	$(BOTH_CORES) RESNET_REG_EXT_TEST_NO_EXCHANGE_API=1 \
+		$(BIN)/pytest -q $(IN_TWO) $(NATIVE_TESTS) --ignore=tests/test_compile.py
 
 # The CPU core built with AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitized
@@ -45,8 +50,8 @@ test-sanitize: .venv/.ready
 		$(BIN)/pip install $(PIP_FLAGS) --no-deps --target $(SANITIZED) .
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc \
-		$(BIN)/pytest -q -p no:cacheprovider $(SANITIZED_TESTS)
+		PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc $(BOTH_CORES) \
+		$(BIN)/pytest -q -p no:cacheprovider -n 2 $(SANITIZED_TESTS)
 SANITIZED_TESTS := tests/test_prox_sgd.py tests/test_layouts.py tests/test_threads_and_simd.py
 
 # One wheel on every torch that is supported, from the oldest to the newest; downloads some 15 GB.
@@ -109,6 +114,6 @@ $(WHEEL): $(SOURCES) | .venv/.torch
 
 .venv-older/.ready: $(WHEEL)
 	$(PYTHON) -m venv .venv-older
-	$(OLD)/pip install $(PIP_FLAGS) $(OLDER_TORCH) numpy scipy scikit-learn pytest hypothesis
+	$(OLD)/pip install $(PIP_FLAGS) $(OLDER_TORCH) numpy scipy scikit-learn pytest pytest-xdist hypothesis
 	$(OLD)/pip install $(PIP_FLAGS) --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
