@@ -345,6 +345,13 @@ def run_host(scale: Scale, device: str, progress: Progress) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "tensors": 161,
+        **_host_rows(samples, keys),
+    }
+
+
+def _host_rows(samples: Samples, keys: Sequence[str]) -> dict[str, Any]:
+    """Microseconds of each row, and how ours compares."""
+    return {
         "rounds": len(samples.seconds[OURS]),
         "rows": [
             {
@@ -373,16 +380,7 @@ def run_dtensors(scale: Scale, progress: Progress) -> dict[str, Any]:
         return {**result, "missing": str(missing)}
     return {
         **result,
-        "rounds": len(samples.seconds[OURS]),
-        "rows": [
-            {
-                "key": key,
-                "name": BASELINES[key].name,
-                "us": samples.time(key, 1e-6),
-                "ours_over": samples.ratio(OURS, key),
-            }
-            for key in (OURS, "sgd_foreach")
-        ],
+        **_host_rows(samples, (OURS, "sgd_foreach")),
     }
 
 

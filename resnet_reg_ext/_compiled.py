@@ -157,7 +157,7 @@ def step(optimizer: ProxSGD, scaling: DeviceValues | None) -> None:
         for position, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
-            dtype, has_master = of_group.dtypes[position]
+            dtype, with_master = of_group.dtypes[position]
             state = states[position]
             kind = 0
             if of_group.with_momentum:
@@ -168,7 +168,7 @@ def step(optimizer: ProxSGD, scaling: DeviceValues | None) -> None:
                     momentum = torch.empty_like(param, dtype=dtype, requires_grad=False)
                     created.append((state, "momentum_buffer", momentum))
                 momenta.append(momentum)
-            if has_master:
+            if with_master:
                 kind |= _MASTER
                 master = state.get("master_weight")
                 if master is None:

@@ -33,25 +33,18 @@ def has_dtensors(*lists: list[Tensor]) -> bool:
     return any(issubclass(t, dtensor) for t in types - {Tensor, torch.nn.Parameter})
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor, once it is there; any other tensor itself."""
-    dtensor = _dtensor_type()
-    return tensor if dtensor is None else _locals([tensor], dtensor)[0]
-
-
-def countable(tensor: Any) -> Tensor:
-    """What a process counts of a tensor: of a DTensor its part, or all of what is still a sum."""
-    dtensor = _dtensor_type()
-    if dtensor is not None and isinstance(tensor, dtensor) and _has_partial(tensor.placements):
-        total: Tensor = tensor.full_tensor()
-        return total
-    return local(tensor)
-
-
 def whole(tensor: Any) -> Any:
     """A DTensor's value as an ordinary tensor, the same in every process; all must take part."""
     dtensor = _dtensor_type()
     return tensor.full_tensor() if dtensor is not None and isinstance(tensor, dtensor) else tensor
+
+
+def countable(tensor: Any) -> Any:
+    """What a process counts of a tensor: of a DTensor its part, or all of what is still a sum."""
+    dtensor = _dtensor_type()
+    if dtensor is None or not isinstance(tensor, dtensor):
+        return tensor
+    return whole(tensor) if _has_partial(tensor.placements) else _locals([tensor], dtensor)[0]
 
 
 def local_bucket(bucket: Bucket, name: Callable[[int], str]) -> Bucket:
@@ -63,7 +56,7 @@ def local_bucket(bucket: Bucket, name: Callable[[int], str]) -> Bucket:
         ValueError: the gradient or the state of a DTensor can't be divided as the parameter is.
     """
     dtensor = _dtensor_type()
-    grads = list(bucket.grads)
+    grads: list[Any] = list(bucket.grads)
     for key, tensors in (
         ("gradient", grads),
         ("momentum_buffer", bucket.momenta),
@@ -72,8 +65,8 @@ def local_bucket(bucket: Bucket, name: Callable[[int], str]) -> Bucket:
         for i, (param, operand) in enumerate(zip(bucket.params, tensors or (), strict=False)):
             if not _alike(param, operand, dtensor):
                 _check(param, operand, key, name(i))
-                redistributed: Any = operand
-                grads[i] = redistributed.redistribute(placements=_placements(param))
+                placements: Any = param.placements  # type: ignore[attr-defined]
+                grads[i] = grads[i].redistribute(placements=placements)
     return bucket._replace(
         params=_locals(bucket.params, dtensor),
         grads=_locals(grads, dtensor),
@@ -86,10 +79,6 @@ def _locals(tensors: Sequence[Any], dtensor: Any) -> list[Tensor]:
     parts = [t._local_tensor if isinstance(t, dtensor) else t for t in tensors]
     # Where a collective is under way, its result must be waited for.
     return [p if type(p) is Tensor else p.wait() if hasattr(p, "wait") else p for p in parts]
-
-
-def _placements(tensor: Any) -> Any:
-    return tensor.placements
 
 
 def _alike(param: Any, operand: Any, dtensor: Any) -> bool:

@@ -550,7 +550,6 @@ def check_state(param: Tensor, value: Any, key: str, name: str) -> None:
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: {key} is {value!r}: must be a tensor")
-    _distributed.check_alike(param, value, key, name)
     if value.is_neg():
         raise ValueError(f"{name}: {key} is a lazily negated view: call resolve_neg()")
     if value.shape != param.shape:

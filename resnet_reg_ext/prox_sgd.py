@@ -218,6 +218,7 @@ class ProxSGD(Optimizer):
                 for key, value in of_param.items():
                     if key in _STATE_KEYS and value is not None:
                         check_state(param, value, key, _name(group, index, i))
+                        _distributed.check_alike(param, value, key, _name(group, index, i))
         super().__setstate__(state)
         self._prepare_for_compiling()
 
@@ -339,10 +340,8 @@ class ProxSGD(Optimizer):
         for index, group in enumerate(self.param_groups):
             h, values = _options(group, index, scaling)
             for bucket, new in _buckets(group, h.momentum != 0, states):
-                if bucket.params[0].is_cuda and not group["capturable"]:
-                    self._cuda_graph_capture_health_check()
                 name = partial(_name_of, group, index, bucket.params)
-                run = prepare_prox_sgd(bucket, h, group["fused"], name, values)
+                run = self._prepare(bucket, group, h, name, values)
                 if run is None:
                     continue
                 runs.append(run)
@@ -407,21 +406,15 @@ class ProxSGD(Optimizer):
                     f"{'not ' if h.momentum == 0 else ''}0 when the step was compiled; call "
                     "torch.compiler.reset()"
                 )
-            if params[0].is_cuda and not group["capturable"]:
-                self._cuda_graph_capture_health_check()
-            run = prepare_prox_sgd(
-                Bucket(
-                    params,
-                    grads,
-                    momenta if h.momentum != 0 else None,
-                    masters if with_master else None,
-                    first,
-                ),
-                h,
-                group["fused"],
-                partial(_name_at, self.param_groups[index], index, [r.position for r in members]),
-                values,
+            bucket = Bucket(
+                params,
+                grads,
+                momenta if h.momentum != 0 else None,
+                masters if with_master else None,
+                first,
             )
+            name = partial(_name_at, group, index, [row.position for row in members])
+            run = self._prepare(bucket, group, h, name, values)
             if run is not None:
                 runs.append(run)
         for run in runs:
@@ -429,7 +422,20 @@ class ProxSGD(Optimizer):
         for row in rows:
             if row.first or row.master is not None:
                 param = self.param_groups[row.group]["params"][row.position]
-                self.state[param] = self._state_traced(row)
+                self.state.setdefault(param, self._state_traced(row))
+
+    def _prepare(
+        self,
+        bucket: Bucket,
+        group: dict[str, Any],
+        h: Hyperparameters,
+        name: Callable[[int], str],
+        values: DeviceValues | None,
+    ) -> Callable[[], None] | None:
+        """The step of a bucket, checked; None if it is to be skipped."""
+        if bucket.params[0].is_cuda and not group["capturable"]:
+            self._cuda_graph_capture_health_check()
+        return prepare_prox_sgd(bucket, h, group["fused"], name, values)
 
     def _state_traced(self, row: Row) -> dict[str, Any]:
         return self._states_traced[row.group][row.position]

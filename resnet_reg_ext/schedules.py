@@ -175,8 +175,8 @@ class TargetSparsity(_L1Steering):
     Args:
         optimizer: a :class:`resnet_reg_ext.ProxSGD`. Its l1 is where the search starts.
         target: the share of exact zeros in the steered groups, in (0, 1) (default: 0.9).
-        steps: at which call of :meth:`step` the target is to be reached. It takes some 400
-            adjustments from ``begin`` on to do so within a point; with fewer it may swing.
+        steps: at which call of :meth:`step` the target is to be reached. The fewer there
+            are, the larger are the adjustments; 160 were enough for a ResNet-50 on digits.
         begin: up to which call l1 is left as it is (default: 0).
         every: at how many calls to count and adjust (default: a thousandth of the time from
             ``begin`` to ``steps``, at least 1). Counting reads the weights, unless the optimizer
@@ -184,7 +184,7 @@ class TargetSparsity(_L1Steering):
         freeze: whether to freeze the zeros once the target is reached (default: True).
 
     Raises:
-        TypeError: ``optimizer`` is none.
+        TypeError: ``optimizer`` is none, or a number of steps isn't whole.
         ValueError: no group has an l1 above 0, or an argument is out of its range.
 
     Example:

@@ -76,27 +76,48 @@ def fsdp(dtype=torch.float32, **options):
     return outcome(model, optimizer), counts
 
 
-def checkpoints(folder):
-    """Saves half-way; and goes on from half-way of one process."""
-    model = sharded(torch.float32)
-    optimizer = ProxSGD(model.parameters(), **OPTIONS)
-    train(model, optimizer, range(SAVED_AT))
-    weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / "of_two")
+# Model and optimizer of the checkpoints: what is float32 beside bfloat16 must stay so.
+SAVED = {
+    "float32": (torch.float32, {}),
+    "masters": (torch.bfloat16, {"master_weights": True}),
+    "momentum": (torch.float32, {"momentum_dtype": torch.bfloat16}),
+}
 
-    model = sharded(torch.float32)
-    optimizer = ProxSGD(model.parameters(), **OPTIONS)
+
+def checkpoints(folder, kind):
+    """Saves half-way; and goes on from half-way of one process."""
+    dtype, options = SAVED[kind]
+    model = sharded(dtype)
+    optimizer = ProxSGD(model.parameters(), **OPTIONS, **options)
+    train(model, optimizer, range(SAVED_AT))
+    save(model, optimizer, folder / f"{kind}_of_two")
+
+    model = sharded(dtype)
+    optimizer = ProxSGD(model.parameters(), **OPTIONS, **options)
+    load(model, optimizer, folder / f"{kind}_of_one")
+    train(model, optimizer, range(SAVED_AT, STEPS))
+    return outcome(model, optimizer)
+
+
+def save(model, optimizer, folder):
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save(
+        {"model": weights, "optimizer": state},
+        checkpoint_id=folder,
+        no_dist=not dist.is_initialized(),
+    )
+
+
+def load(model, optimizer, folder):
     weights, state = get_state_dict(model, optimizer)
     loaded = {"model": weights, "optimizer": state}
-    dcp.load(loaded, checkpoint_id=folder / "of_one")
+    dcp.load(loaded, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_state_dict(
         model,
         optimizer,
         model_state_dict=loaded["model"],
         optim_state_dict=loaded["optimizer"],
     )
-    train(model, optimizer, range(SAVED_AT, STEPS))
-    return outcome(model, optimizer)
 
 
 VALUES = torch.linspace(-1, 1, 35).reshape(7, 5)
@@ -162,7 +183,7 @@ def refusals(mesh):
             return str(error), torch.equal(part, before)
         return "no error", False
 
-    def load(of_state, into):
+    def load_into(of_state, into):
         """A checkpoint of one kind into an optimizer of the other."""
         optimizers = []
         for tensor in (of_state, into):
@@ -184,8 +205,8 @@ def refusals(mesh):
         "plain momentum": attempt(dtensor(row), dtensor(row), torch.zeros(7, 5)),
         "momentum elsewhere": attempt(dtensor(row), dtensor(row), dtensor(column)),
         "momentum divided": attempt(VALUES.clone(), GRADS.clone(), dtensor(row)),
-        "plain checkpoint": load(VALUES.clone(), dtensor(row)),
-        "divided checkpoint": load(dtensor(row), VALUES.clone()),
+        "plain checkpoint": load_into(VALUES.clone(), dtensor(row)),
+        "divided checkpoint": load_into(dtensor(row), VALUES.clone()),
     }
 
 
@@ -244,7 +265,7 @@ def main(folder: Path) -> None:
         "fsdp, tracked": fsdp(track_sparsity=True),
         "fsdp, pure": fsdp(fused=False),
         "fsdp, master weights": fsdp(torch.bfloat16, master_weights=True),
-        "checkpoint of one": checkpoints(folder),
+        **{f"checkpoint of one, {kind}": checkpoints(folder, kind) for kind in SAVED},
         "placements": placements(mesh),
         "odd ones": odd_ones(mesh),
         "refusals": refusals(mesh),

@@ -61,6 +61,15 @@ def assert_same_run(ours, expected, message=""):
                 assert_same(optimizer.state[p][key], value, f"{message} {name} {key}")
 
 
+def take_steps(step, ours, expected, numbers):
+    """The same steps, compiled and not."""
+    for number in numbers:
+        for model, _ in (ours, expected):
+            backward(model, number)
+        step()
+        expected[1].step()
+
+
 def pair(make, dtype=torch.float32):
     """Two runs alike; the first is to be compiled."""
     models = net(dtype), net(dtype)
@@ -84,10 +93,7 @@ def test_the_same_bits_as_outside(options):
     ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, **{"l1": 1e-2, **options}))
     step = compiled(ours[1].step)
     for number in range(4):
-        for model, _ in (ours, expected):
-            backward(model, number)
-        step()
-        expected[1].step()
+        take_steps(step, ours, expected, [number])
         assert_same_run(ours, expected, f"step {number}")
     assert graphs() == (1 if options.get("momentum") == 0 else 2)  # that of the first step, others
     assert sparsity(ours[0]).zeros > 5
@@ -99,11 +105,7 @@ def test_master_weights_and_other_types(dtype):
         lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2, master_weights=True), dtype
     )
     step = compiled(ours[1].step)
-    for number in range(3):
-        for model, _ in (ours, expected):
-            backward(model, number)
-        step()
-        expected[1].step()
+    take_steps(step, ours, expected, range(3))
     assert_same_run(ours, expected)
     assert graphs() == 2
 
@@ -232,23 +234,14 @@ def test_parameters_without_a_gradient_and_those_that_get_one_later():
 def test_a_checkpoint_loaded_after_compiling():
     ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2))
     step = compiled(ours[1].step)
-    checkpoint = None
-    for number in range(3):
-        for model, _ in (ours, expected):
-            backward(model, number)
-        step()
-        expected[1].step()
-        if number == 1:
-            checkpoint = pickle.dumps((ours[0].state_dict(), ours[1].state_dict()))
+    take_steps(step, ours, expected, range(2))
+    checkpoint = pickle.dumps((ours[0].state_dict(), ours[1].state_dict()))
+    take_steps(step, ours, expected, [2])
     for model, optimizer in (ours, expected):
         weights, state = pickle.loads(checkpoint)
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
-    for number in range(3):
-        for model, _ in (ours, expected):
-            backward(model, number)
-        step()
-        expected[1].step()
+    take_steps(step, ours, expected, range(3))
     assert_same_run(ours, expected)
 
 
@@ -340,11 +333,7 @@ def test_several_optimizers_in_one_process(dynamic):
     for _ in range(3):
         ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2))
         step = compiled(ours[1].step, dynamic=dynamic)
-        for number in range(3):
-            for model, _ in (ours, expected):
-                backward(model, number)
-            step()
-            expected[1].step()
+        take_steps(step, ours, expected, range(3))
         assert_same_run(ours, expected)
 
 

@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 
 import ddp_worker
+import dtensor_worker
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from ddp_worker import OPTIONS, STEPS, WORLD, batch, net
-from dtensor_worker import GRADS, SAVED_AT, VALUES
+from dtensor_worker import GRADS, SAVED, SAVED_AT, VALUES
 from reference import assert_same
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.functional import cross_entropy
 
 from resnet_reg_ext import ProxSGD, sparsity
@@ -51,13 +50,13 @@ def alone(dtype=torch.float32, options=OPTIONS, **how):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With a checkpoint that one process has saved half-way."""
+    """With checkpoints that one process has saved half-way."""
     folder = tmp_path_factory.mktemp("dtensor")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model, optimizer = alone(steps=range(SAVED_AT))
-    weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / "of_one", no_dist=True)
+    for kind, (dtype, options) in SAVED.items():
+        model, optimizer = alone(dtype, {**OPTIONS, **options}, steps=range(SAVED_AT))
+        dtensor_worker.save(model, optimizer, folder / f"{kind}_of_one")
     torch.set_num_threads(threads)
     return folder
 
@@ -97,32 +96,27 @@ def test_fsdp_with_master_weights(processes):
         assert all(row["master_weight"].dtype is torch.float32 for row in found.values())
 
 
-def test_a_checkpoint_of_two_processes_goes_on_in_one(processes, folder):
-    model = net()
-    optimizer = ProxSGD(model.parameters(), lr=0.7, momentum=0.2)
-    weights, state = get_state_dict(model, optimizer)
-    loaded = {"model": weights, "optimizer": state}
-    dcp.load(loaded, checkpoint_id=folder / "of_two", no_dist=True)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=loaded["model"],
-        optim_state_dict=loaded["optimizer"],
-    )
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_checkpoint_of_two_processes_goes_on_in_one(processes, folder, kind):
+    dtype, options = SAVED[kind]
+    model = net().to(dtype)
+    optimizer = ProxSGD(model.parameters(), lr=0.7, momentum=0.2, **options)
+    dtensor_worker.load(model, optimizer, folder / f"{kind}_of_two")
     assert optimizer.param_groups[0]["l1"] == OPTIONS["l1"]
     train(model, optimizer, range(SAVED_AT, STEPS))
-    expected, expected_optimizer = alone()
-    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
-        assert_same(p, q)
-        assert_same(
-            optimizer.state[p]["momentum_buffer"], expected_optimizer.state[q]["momentum_buffer"]
-        )
+    expected = alone(dtype, {**OPTIONS, **options})
+    found = {
+        name: {"weight": p.detach(), **optimizer.state[p]} for name, p in model.named_parameters()
+    }
+    assert_same_outcome(found, *expected)
 
 
-def test_a_checkpoint_of_one_process_goes_on_in_two(processes):
-    model, optimizer = alone()
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_checkpoint_of_one_process_goes_on_in_two(processes, kind):
+    dtype, options = SAVED[kind]
+    model, optimizer = alone(dtype, {**OPTIONS, **options})
     for results in processes:
-        assert_same_outcome(results["checkpoint of one"], model, optimizer)
+        assert_same_outcome(results[f"checkpoint of one, {kind}"], model, optimizer)
 
 
 def test_a_gradient_divided_otherwise_than_its_parameter(processes):

@@ -100,7 +100,7 @@ def _train(arguments: list[str]) -> None:
     _add_out(parser, "out/train")
     args = _settle(parser, arguments, "run.yaml")
     run = run_from(args)
-    if run.target_sparsity is not None and not run.l1:
+    if run.target_sparsity != run.steered_to:
         raise RecipeError("--target-sparsity needs an --l1 above 0 to start from")
     result = train(run, args.out, resume=args.resume is not None)
     if is_first_process():

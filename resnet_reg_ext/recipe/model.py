@@ -55,7 +55,7 @@ class Classifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """``ProxSGD``; norms and biases are in a group of their own that is not regularised."""
         groups = param_groups(self.model, l1=self.run.l1, weight_decay=self.run.weight_decay)
-        target = self.run.target_sparsity if self.run.l1 else None
+        target = self.run.steered_to
         optimizer = ProxSGD(
             groups,
             lr=self.run.lr,

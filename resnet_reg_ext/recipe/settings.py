@@ -49,6 +49,11 @@ class Run:
     strategy: str = "auto"
     workers: int = 0
 
+    @property
+    def steered_to(self) -> float | None:
+        """``target_sparsity`` where there is an l1 to steer; the runs without are compared with."""
+        return self.target_sparsity if self.l1 else None
+
 
 def in_range(
     kind: Callable[[str], float], low: float, high: float = math.inf, *, below: bool = False

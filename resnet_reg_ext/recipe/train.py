@@ -213,8 +213,8 @@ def describe(run: Run, images: Images) -> list[str]:
         f"{run.momentum:g}, {run.epochs} epochs of {len(images.train) // run.batch_size} steps, "
         f"batch {run.batch_size}",
     ]
-    if run.target_sparsity is not None and run.l1:
-        lines.append(f"l1 is steered until {run.target_sparsity:.1%} of the weights are zero")
+    if run.steered_to is not None:
+        lines.append(f"l1 is steered until {run.steered_to:.1%} of the weights are zero")
     return [*lines, *images.notes]
 
 
