@@ -34,6 +34,7 @@ LEFT_OUT = (
     "tests/test_integrations.py",
     "tests/test_readme.py",
     "tests/test_recipe.py",
+    "tests/test_recipe_data.py",
 )
 
 
