@@ -140,42 +140,67 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           [](const Reading& reading) {
             py::list misfits;
             for (const Misfit& misfit : reading.misfits) {
-              misfits.append(py::make_tuple(misfit.index, misfit.reason == Unfit::layout,
-                                            misfit.reason == Unfit::no_cuda,
-                                            describe(misfit.reason)));
+              misfits.append(py::make_tuple(
+                  misfit.index, misfit.reason == Unfit::layout, misfit.reason == Unfit::negated,
+                  misfit.reason == Unfit::no_cuda, describe(misfit.reason)));
             }
             return misfits;
           },
-          "(index, differs in layout only, lacks a usable CUDA device, reason in words) for each "
+          "(index, differs in layout only, has a negated gradient, lacks a usable CUDA device, "
+          "reason "
+          "in words) for each "
           "parameter that no bucket took.");
 
   py::class_<TensorReader>(m, "TensorReader", "Reads lists of torch tensors through DLPack.")
       .def(py::init([](py::object exchange_api, py::object describe, py::object stream,
-                       py::object tensor_type, py::object parameter_type) {
+                       py::object is_neg, py::object tensor_type, py::object parameter_type) {
              return std::make_unique<TensorReader>(exchange_api.ptr(), describe.ptr(), stream.ptr(),
-                                                   tensor_type.ptr(), parameter_type.ptr());
+                                                   is_neg.ptr(), tensor_type.ptr(),
+                                                   parameter_type.ptr());
            }),
            py::arg("exchange_api").none(true), py::arg("describe"), py::arg("stream"),
-           py::arg("tensor_type"), py::arg("parameter_type"))
+           py::arg("is_neg"), py::arg("tensor_type"), py::arg("parameter_type"))
       .def_property_readonly("has_exchange_api", &TensorReader::has_exchange_api)
       .def(
           "read",
           [](const TensorReader& reader, py::list params, py::list grads, py::object momenta,
-             py::object masters, py::object zeros) {
+             py::object masters, Address zeros) {
             const auto fits = [&](const py::object& list) {
               return list.is_none() || (PyList_Check(list.ptr()) && py::len(list) == params.size());
             };
-            if (grads.size() != params.size() || !fits(momenta) || !fits(masters) || !fits(zeros)) {
+            if (grads.size() != params.size() || !fits(momenta) || !fits(masters)) {
               throw std::invalid_argument("the lists must be of one length");
             }
             return reader.read(params.ptr(), grads.ptr(), momenta.ptr(), masters.ptr(),
-                               zeros.ptr());
+                               reinterpret_cast<int64_t*>(zeros));
           },
           py::arg("params"), py::arg("grads"), py::arg("momenta").none(true),
-          py::arg("masters").none(true) = py::none(), py::arg("zeros").none(true) = py::none(),
+          py::arg("masters").none(true), py::arg("zeros"),
           // A reading is made of addresses: the lists that own them live as long.
           py::keep_alive<0, 2>(), py::keep_alive<0, 3>(), py::keep_alive<0, 4>(),
-          py::keep_alive<0, 5>());
+          py::keep_alive<0, 5>())
+      .def(
+          "gather",
+          [](const TensorReader& reader, py::list params, py::dict state, bool momenta,
+             bool masters, Address zeros, Py_ssize_t position) -> py::object {
+            auto found = reader.gather(params.ptr(), state.ptr(), momenta, masters,
+                                       reinterpret_cast<int64_t*>(zeros), &position);
+            if (!found) return py::none();
+            py::object reading = py::cast(std::move(found->reading));
+            py::list lists;
+            for (OwnedObject* list :
+                 {&found->params, &found->grads, &found->momenta, &found->masters}) {
+              lists.append(*list ? py::reinterpret_steal<py::object>(list->release()) : py::none());
+            }
+            py::detail::keep_alive_impl(reading, lists);
+            return py::make_tuple(lists, reading, position);
+          },
+          py::arg("params"), py::arg("state"), py::arg("momenta"), py::arg("masters"),
+          py::arg("zeros"), py::arg("position"),
+          "([params, grads, momenta, masters], reading, position) of the parameters that have a "
+          "gradient; None where anything is out of the ordinary. `zeros`: the address of an int64 "
+          "counter a parameter, on the first one's device; 0 for none. `position`: where in the "
+          "state to look first; 0, then what is returned.");
 
   m.def(
       "prox_sgd_", &run, py::arg("reader"), py::arg("reading"), py::arg("lr"), py::arg("momentum"),

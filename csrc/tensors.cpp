@@ -77,8 +77,10 @@ const char* describe(Unfit reason) {
       return "its gradient, momentum buffer or master weight has another shape, device or dtype";
     case Unfit::layout:
       return "its gradient, momentum buffer or master weight has another memory layout";
-    default:
+    case Unfit::no_cuda:
       return "its CUDA device can't be used";
+    default:
+      return "its gradient is a lazily negated view";
   }
 }
 
@@ -145,45 +147,45 @@ struct TensorReader::View {
   void* data() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 };
 
-TensorReader::TensorReader(PyObject* exchange_api, PyObject* describe, PyObject* stream,
-                           PyObject* tensor_type, PyObject* parameter_type)
-    : describe_(describe),
-      stream_(stream),
-      tensor_type_(tensor_type),
-      parameter_type_(parameter_type) {
-  if (exchange_api != Py_None) {
-    const void* table = PyCapsule_GetPointer(exchange_api, "dlpack_exchange_api");
-    if (table == nullptr) {
-      PyErr_Clear();
-      throw std::invalid_argument("not a DLPack exchange API");
-    }
-    // A table of another major version has another layout; the one for version 1 may stand behind.
-    for (auto* api = static_cast<const dlpack::ExchangeApi*>(table); api; api = api->prev_api) {
-      if (api->version.major == 1) {
-        if (api->dltensor_from_py_object_no_sync != nullptr) api_ = api;
-        break;
-      }
-    }
-    capsule_ = exchange_api;
-    Py_INCREF(capsule_);
-  }
-  Py_INCREF(describe_);
-  Py_INCREF(stream_);
-  Py_INCREF(tensor_type_);
-  Py_INCREF(parameter_type_);
+namespace {
+
+OwnedObject share(PyObject* object) {
+  Py_INCREF(object);
+  return OwnedObject(object);
 }
 
-TensorReader::~TensorReader() {
-  Py_XDECREF(capsule_);
-  Py_DECREF(describe_);
-  Py_DECREF(stream_);
-  Py_DECREF(tensor_type_);
-  Py_DECREF(parameter_type_);
+}  // namespace
+
+TensorReader::TensorReader(PyObject* exchange_api, PyObject* describe, PyObject* stream,
+                           PyObject* is_neg, PyObject* tensor_type, PyObject* parameter_type)
+    : describe_(share(describe)),
+      stream_(share(stream)),
+      is_neg_(share(is_neg)),
+      tensor_type_(share(tensor_type)),
+      parameter_type_(share(parameter_type)),
+      grad_name_(PyUnicode_InternFromString("grad")),
+      momentum_name_(PyUnicode_InternFromString("momentum_buffer")),
+      master_name_(PyUnicode_InternFromString("master_weight")) {
+  if (!grad_name_ || !momentum_name_ || !master_name_) throw std::bad_alloc();
+  if (exchange_api == Py_None) return;
+  const void* table = PyCapsule_GetPointer(exchange_api, "dlpack_exchange_api");
+  if (table == nullptr) {
+    PyErr_Clear();
+    throw std::invalid_argument("not a DLPack exchange API");
+  }
+  // A table of another major version has another layout; the one for version 1 may stand behind.
+  for (auto* api = static_cast<const dlpack::ExchangeApi*>(table); api; api = api->prev_api) {
+    if (api->version.major == 1) {
+      if (api->dltensor_from_py_object_no_sync != nullptr) api_ = api;
+      break;
+    }
+  }
+  capsule_ = share(exchange_api);
 }
 
 bool TensorReader::plain(PyObject* tensor) const {
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-  return type == tensor_type_ || type == parameter_type_;
+  return type == tensor_type_.get() || type == parameter_type_.get();
 }
 
 bool TensorReader::view(PyObject* tensor, View* out) const {
@@ -195,7 +197,7 @@ bool TensorReader::view(PyObject* tensor, View* out) const {
     }
     return t.ndim <= kMostDims;
   }
-  PyObject* description = PyObject_CallOneArg(describe_, tensor);
+  PyObject* description = PyObject_CallOneArg(describe_.get(), tensor);
   if (description == nullptr) {
     PyErr_Clear();
     return false;
@@ -237,6 +239,10 @@ Unfit TensorReader::check(PyObject* param, PyObject* grad, PyObject* momentum, P
   for (int i = 0; i < 4; ++i) {
     if (tensors[i] != nullptr && !plain(tensors[i])) return Unfit::type;
   }
+  PyObject* negated = PyObject_CallOneArg(is_neg_.get(), grad);
+  Py_XDECREF(negated);  // what Python knows as True and False outlives us
+  if (negated == nullptr) PyErr_Clear();
+  if (negated != Py_False) return negated == Py_True ? Unfit::negated : Unfit::unreadable;
   for (int i = 0; i < 4; ++i) {
     if (tensors[i] != nullptr && !view(tensors[i], &views[i])) return Unfit::unreadable;
   }
@@ -280,14 +286,44 @@ Unfit TensorReader::check(PyObject* param, PyObject* grad, PyObject* momentum, P
   return Unfit::fit;
 }
 
+namespace {
+
+// Puts operands into the bucket of their device and kind, which mostly is the one used last.
+class Sorter {
+ public:
+  Sorter(std::vector<Bucket>* buckets, Py_ssize_t count) : buckets_(buckets), count_(count) {}
+
+  void add(const Bucket& key, const Operands& operands) {
+    const auto belongs = [&](const Bucket& b) {
+      return b.kind == key.kind && b.device_type == key.device_type && b.device_id == key.device_id;
+    };
+    if (last_ >= buckets_->size() || !belongs((*buckets_)[last_])) {
+      const auto found = std::find_if(buckets_->begin(), buckets_->end(), belongs);
+      last_ = static_cast<size_t>(found - buckets_->begin());
+      if (found == buckets_->end()) {
+        buckets_->push_back(key);
+        buckets_->back().operands.reserve(static_cast<size_t>(count_));
+      }
+    }
+    (*buckets_)[last_].operands.push_back(operands);
+  }
+
+ private:
+  std::vector<Bucket>* buckets_;
+  Py_ssize_t count_;
+  size_t last_ = 0;
+};
+
+}  // namespace
+
 Reading TensorReader::read(PyObject* params, PyObject* grads, PyObject* momenta, PyObject* masters,
-                           PyObject* zeros) const {
+                           int64_t* zeros) const {
   Reading reading;
-  Bucket* bucket = nullptr;
   const auto item = [](PyObject* list, Py_ssize_t i) {
     return list == Py_None ? nullptr : PyList_GET_ITEM(list, i);
   };
   const Py_ssize_t count = PyList_GET_SIZE(params);
+  Sorter sorter(&reading.buckets, count);
   for (Py_ssize_t i = 0; i < count; ++i) {
     Bucket key{};
     Operands operands{};
@@ -297,24 +333,72 @@ Reading TensorReader::read(PyObject* params, PyObject* grads, PyObject* momenta,
       reading.misfits.push_back({i, reason});
       continue;
     }
-    if (PyObject* address = item(zeros, i)) {
-      operands.zeros = static_cast<int64_t*>(PyLong_AsVoidPtr(address));
-    }
-    const auto belongs = [&](const Bucket& b) {
-      return b.kind == key.kind && b.device_type == key.device_type && b.device_id == key.device_id;
-    };
-    if (bucket == nullptr || !belongs(*bucket)) {
-      auto found = std::find_if(reading.buckets.begin(), reading.buckets.end(), belongs);
-      if (found == reading.buckets.end()) {
-        reading.buckets.push_back(key);
-        found = reading.buckets.end() - 1;
-        found->operands.reserve(static_cast<size_t>(count));
-      }
-      bucket = &*found;
-    }
-    bucket->operands.push_back(operands);
+    if (zeros != nullptr) operands.zeros = zeros + i;
+    sorter.add(key, operands);
   }
   return reading;
+}
+
+std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, bool with_momenta,
+                                             bool with_masters, int64_t* zeros,
+                                             Py_ssize_t* position) const {
+  const Py_ssize_t count = PyList_GET_SIZE(params);
+  Gathered gathered{OwnedObject(PyList_New(0)), OwnedObject(PyList_New(0)),
+                    OwnedObject(with_momenta ? PyList_New(0) : nullptr),
+                    OwnedObject(with_masters ? PyList_New(0) : nullptr), Reading{}};
+  View first;
+  if (zeros != nullptr && count > 0 &&
+      !(plain(PyList_GET_ITEM(params, 0)) && view(PyList_GET_ITEM(params, 0), &first))) {
+    return std::nullopt;
+  }
+  Sorter sorter(&gathered.reading.buckets, count);
+  Py_ssize_t here = *position;
+  Py_ssize_t taken = 0;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* const param = PyList_GET_ITEM(params, i);
+    if (!plain(param)) return std::nullopt;
+    const OwnedObject grad(PyObject_GetAttr(param, grad_name_.get()));
+    PyObject* of_param = nullptr;
+    if (with_momenta || with_masters) {
+      PyObject* next = nullptr;
+      Py_ssize_t after = here;
+      if (PyDict_Next(state, &after, &next, &of_param) && next == param) {
+        here = after;
+      } else {
+        of_param = grad.get() == Py_None ? nullptr : PyDict_GetItemWithError(state, param);
+      }
+    }
+    if (grad.get() == Py_None) continue;
+    const auto append = [](const OwnedObject& list, PyObject* item) {
+      return item != nullptr && PyList_Append(list.get(), item) == 0;
+    };
+    const auto of_state = [&](const OwnedObject& name) {
+      const bool known = of_param != nullptr && PyDict_CheckExact(of_param);
+      return known ? PyDict_GetItemWithError(of_param, name.get()) : nullptr;
+    };
+    PyObject* const momentum = with_momenta ? of_state(momentum_name_) : nullptr;
+    PyObject* const master = with_masters ? of_state(master_name_) : nullptr;
+    Bucket key{};
+    Operands operands{};
+    if (!append(gathered.params, param) || !append(gathered.grads, grad.get()) ||
+        (with_momenta && !append(gathered.momenta, momentum)) ||
+        (with_masters && !append(gathered.masters, master)) ||
+        check(param, grad.get(), momentum, master, &key, &operands) != Unfit::fit) {
+      PyErr_Clear();
+      return std::nullopt;
+    }
+    if (zeros != nullptr) {
+      if (key.device_type != first.tensor.device.device_type ||
+          key.device_id != first.tensor.device.device_id) {
+        return std::nullopt;
+      }
+      operands.zeros = zeros + taken;
+    }
+    ++taken;
+    sorter.add(key, operands);
+  }
+  *position = here;
+  return gathered;
 }
 
 void* TensorReader::current_stream(int32_t device_type, int32_t device_id) const {
@@ -322,7 +406,8 @@ void* TensorReader::current_stream(int32_t device_type, int32_t device_id) const
   bool told = false;
   if (api_ != nullptr && api_->current_work_stream != nullptr) {
     told = api_->current_work_stream(device_type, device_id, &stream) == 0;
-  } else if (PyObject* address = PyObject_CallFunction(stream_, "i", static_cast<int>(device_id))) {
+  } else if (PyObject* address =
+                 PyObject_CallFunction(stream_.get(), "i", static_cast<int>(device_id))) {
     stream = PyLong_AsVoidPtr(address);
     told = PyErr_Occurred() == nullptr;
     Py_DECREF(address);

@@ -4,12 +4,34 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "dlpack_abi.h"
 #include "prox_sgd.h"
 
 namespace prox_sgd {
+
+// A reference to a Python object that is given up with it.
+class OwnedObject {
+ public:
+  OwnedObject() = default;
+  explicit OwnedObject(PyObject* stolen) : object_(stolen) {}
+  OwnedObject(OwnedObject&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
+  OwnedObject& operator=(OwnedObject&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~OwnedObject() { Py_XDECREF(object_); }
+
+  PyObject* get() const { return object_; }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+  explicit operator bool() const { return object_ != nullptr; }
+
+ private:
+  PyObject* object_ = nullptr;
+};
 
 // Parameters that one launch can take: of one device and kind.
 struct Bucket {
@@ -30,6 +52,7 @@ enum class Unfit : int32_t {
   mixed,       // its tensors differ in shape or device, or in dtype in a way that no kind has
   layout,      // its tensors are laid out differently, each dense or not
   no_cuda,     // on a CUDA device that this build can't use
+  negated,     // its gradient is a lazily negated view, of which DLPack says nothing
 };
 
 const char* describe(Unfit reason);
@@ -44,6 +67,16 @@ struct Reading {
   std::vector<Misfit> misfits;  // in order of index
 };
 
+// Parameters with what a step of them takes: Python lists of one length, and their reading. Where
+// the state has no such tensors, the list is null.
+struct Gathered {
+  OwnedObject params;
+  OwnedObject grads;
+  OwnedObject momenta;
+  OwnedObject masters;
+  Reading reading;
+};
+
 // Turns Python tensors into buckets, through DLPack's C exchange API where torch has it and through
 // a Python function that gives the same description where it doesn't.
 class TensorReader {
@@ -51,22 +84,30 @@ class TensorReader {
   // `exchange_api`: the capsule of torch.Tensor.__dlpack_c_exchange_api__, or None.
   // `describe`: tensor -> (address, device type, device index, code, bits, shape, strides), codes
   // and types being DLPack's; `stream`: CUDA device index -> address of torch's current stream.
-  // Both are used without an exchange API only. `tensor_type`, `parameter_type`: the two types
-  // whose memory is what it seems. Throws std::invalid_argument for a capsule that is none.
-  TensorReader(PyObject* exchange_api, PyObject* describe, PyObject* stream, PyObject* tensor_type,
-               PyObject* parameter_type);
-  ~TensorReader();
-  TensorReader(const TensorReader&) = delete;
-  TensorReader& operator=(const TensorReader&) = delete;
+  // Both are used without an exchange API only. `is_neg`: tensor -> whether it is a lazily negated
+  // view. `tensor_type`, `parameter_type`: the two types whose memory is what it seems. Throws
+  // std::invalid_argument for a capsule that is none.
+  TensorReader(PyObject* exchange_api, PyObject* describe, PyObject* stream, PyObject* is_neg,
+               PyObject* tensor_type, PyObject* parameter_type);
 
   bool has_exchange_api() const { return api_ != nullptr; }
 
-  // Reads params[i], grads[i], momenta[i] and masters[i]; the last two are Py_None or lists, as is
-  // `zeros`, which holds the addresses of counters, one a parameter. The lists must be Python lists
-  // of one length. What does not fit is in `misfits` and in no bucket; nothing is raised for a
-  // tensor, whatever it is.
+  // Reads params[i], grads[i], momenta[i] and masters[i]; the last two are Py_None or lists. The
+  // lists must be Python lists of one length. `zeros`: an array of counters, one a parameter, or
+  // null. What does not fit is in `misfits` and in no bucket; nothing is raised for a tensor,
+  // whatever it is.
   Reading read(PyObject* params, PyObject* grads, PyObject* momenta, PyObject* masters,
-               PyObject* zeros) const;
+               int64_t* zeros) const;
+
+  // The quick way to the tensors of a step: takes the gradients of those parameters that have one
+  // and looks up momentum buffers and master weights, as asked for, in `state`, an optimizer's.
+  // `zeros`: an array of counters as long as `params`, on the device of the first; or null.
+  // `position`: PyDict_Next's in the state, 0 to begin with, moved past what was taken: it mostly
+  // is in the order of the parameters, and a look-up by a tensor's hash is a call of Python code.
+  // Nothing is returned, and the position not moved, where anything is out of the ordinary: a
+  // parameter at its first step, say, or a tensor that does not fit.
+  std::optional<Gathered> gather(PyObject* params, PyObject* state, bool with_momenta,
+                                 bool with_masters, int64_t* zeros, Py_ssize_t* position) const;
 
   // The stream that torch works on now. Throws std::runtime_error if torch does not tell.
   void* current_stream(int32_t device_type, int32_t device_id) const;
@@ -79,11 +120,15 @@ class TensorReader {
   bool plain(PyObject* tensor) const;
 
   const dlpack::ExchangeApi* api_ = nullptr;
-  PyObject* capsule_ = nullptr;
-  PyObject* describe_;
-  PyObject* stream_;
-  PyObject* tensor_type_;
-  PyObject* parameter_type_;
+  OwnedObject capsule_;
+  OwnedObject describe_;
+  OwnedObject stream_;
+  OwnedObject is_neg_;
+  OwnedObject tensor_type_;
+  OwnedObject parameter_type_;
+  OwnedObject grad_name_;
+  OwnedObject momentum_name_;
+  OwnedObject master_name_;
 };
 
 }  // namespace prox_sgd

@@ -46,6 +46,7 @@ class Misfit(NamedTuple):
 
     position: int
     layout_only: bool
+    negated: bool
     cuda_unusable: bool
     reason: str
 
@@ -75,7 +76,10 @@ def use_exchange_api(enable: bool = True) -> None:
     """Reads tensors through DLPack's C exchange API if torch has it and ``enable`` is true."""
     global _reader
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None) if enable else None
-    _reader = _C.TensorReader(api, _describe, _current_stream, Tensor, torch.nn.Parameter)
+    # DLPack tells nothing of lazy negation (torch._neg_view, x.conj().imag).
+    _reader = _C.TensorReader(
+        api, _describe, _current_stream, Tensor.is_neg, Tensor, torch.nn.Parameter
+    )
 
 
 _reader: Any = None
@@ -98,13 +102,50 @@ def read(
     grads: list[Tensor],
     momenta: list[Tensor] | None,
     masters: list[Tensor] | None = None,
-    zeros: list[int] | None = None,
+    zeros: Tensor | None = None,
 ) -> Any:
     """Reads and checks lists of tensors; the result borrows their memory.
 
-    ``zeros``: addresses of int64 counters, on the parameters' devices.
+    ``zeros``: int64 counters, one a parameter, on the parameters' one device.
     """
-    return _reader.read(params, grads, momenta, masters, zeros)
+    return _reader.read(params, grads, momenta, masters, _address(zeros))
+
+
+class Gathered(NamedTuple):
+    """Tensors that are known to fit, and their reading."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    momenta: list[Tensor] | None
+    masters: list[Tensor] | None
+    reading: Any
+    position: int
+    """Where in the state the next ones are likely to be."""
+
+
+def gather(
+    params: list[Tensor],
+    state: dict[Tensor, dict[str, Any]],
+    with_momenta: bool,
+    with_masters: bool,
+    zeros: Tensor | None,
+    position: int,
+) -> Gathered | None:
+    """The quick way to what a step takes of the parameters that have a gradient.
+
+    Momentum buffers and master weights come from the state, if asked for. None where anything is
+    out of the ordinary, such as a parameter at its first step. ``zeros``: int64 counters, as many
+    as ``params`` are, on the device of the first; used are as many as there are gradients.
+    ``position``: where in the state to look first: 0, then what came back.
+    """
+    if _C is None:
+        return None
+    found = _reader.gather(params, state, with_momenta, with_masters, _address(zeros), position)
+    return found and Gathered(*found[0], *found[1:])
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def misfits(reading: Any) -> list[Misfit]:
@@ -125,15 +166,13 @@ def prox_sgd_(
     devices, what is read there when the kernel runs: lr and l1 in float64, grad_scale,
     grad_coefficient and found_inf in float32.
     """
-    addresses = {
-        index: tuple(0 if value is None else value.data_ptr() for value in values)
-        for index, values in device.items()
-    }
-    _C.prox_sgd_(_reader, reading, *h, first, torch.get_num_threads(), addresses)
-    # Autograd must notice that the tensors have changed.
+    addresses = {index: tuple(map(_address, values)) for index, values in device.items()}
+    # Autograd must notice that the tensors change. Before the kernel, whose data take the place in
+    # the caches of what has just been read of the tensors.
     for tensors in changed:
         if tensors:
             torch.autograd.graph.increment_version(tensors)
+    _C.prox_sgd_(_reader, reading, *h, first, torch.get_num_threads(), addresses)
 
 
 _warned: set[str] = set()

@@ -284,6 +284,8 @@ class Bucket(NamedTuple):
     first: bool
     zeros: Tensor | None = None
     """Where to count the zeros of each parameter: int64, on the parameters' one device."""
+    fitting: Any = None
+    """The native core's reading, of tensors that are known to fit."""
 
     def of(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """A parameter with its gradient, momentum buffer and master weight."""
@@ -310,11 +312,7 @@ class Bucket(NamedTuple):
 
     def read(self) -> Any:
         """The native core's reading of the bucket."""
-        zeros = None
-        if self.zeros is not None:
-            start = self.zeros.data_ptr()
-            zeros = list(range(start, start + 8 * len(self.params), 8))
-        return _native.read(self.params, self.grads, self.momenta, self.masters, zeros)
+        return _native.read(self.params, self.grads, self.momenta, self.masters, self.zeros)
 
     @property
     def changed(self) -> tuple[list[Tensor] | None, ...]:
@@ -382,16 +380,27 @@ def prepare_prox_sgd(
     index into words for an error. None is returned if ``values`` tell that the step is to be
     skipped; on a CUDA device, the kernel itself may skip it.
     """
-    if _distributed.has_dtensors(
+    native = not (fused is False or not _native.available())
+    if fused and not native:
+        raise RuntimeError(f"fused=True: {_native.missing}; fused=None takes pure PyTorch instead")
+    misfits: list[_native.Misfit] = []
+    reading = bucket.fitting
+    if native and reading is None:
+        reading = bucket.read()
+        misfits = _native.misfits(reading)
+        negated = {misfit.position for misfit in misfits if misfit.negated}
+        if negated:
+            grads = [g.resolve_neg() if i in negated else g for i, g in enumerate(bucket.grads)]
+            bucket = bucket._replace(grads=grads)
+            reading = bucket.read()
+            misfits = _native.misfits(reading)
+    if (misfits or not native) and _distributed.has_dtensors(
         bucket.params, bucket.grads, bucket.momenta or [], bucket.masters or []
     ):
         parts = _distributed.local_bucket(bucket, name)
         run = prepare_prox_sgd(parts, h, fused, name, values)
         return run and partial(_run_on_parts, run, bucket)
 
-    native = not (fused is False or not _native.available())
-    if fused and not native:
-        raise RuntimeError(f"fused=True: {_native.missing}; fused=None takes pure PyTorch instead")
     if values is not None:
         why = ""
         if not native or not bucket.params[0].is_cuda:
@@ -409,11 +418,6 @@ def prepare_prox_sgd(
             check_operands(*bucket.of(i), name(i))
         return lambda: _update_(bucket, h)
 
-    # DLPack's exchange API doesn't tell of lazy negation (torch._neg_view, x.conj().imag).
-    if any(map(Tensor.is_neg, bucket.grads)):
-        bucket = bucket._replace(grads=[grad.resolve_neg() for grad in bucket.grads])
-    reading = bucket.read()
-    misfits = _native.misfits(reading)
     if not misfits:
         if values is None:
             return lambda: _native.prox_sgd_(reading, bucket.changed, h, bucket.first)
@@ -581,7 +585,7 @@ _BATCH = 1 << 18
 def _update_(bucket: Bucket, h: Hyperparameters) -> None:
     """The update in pure PyTorch."""
     for batch in _batches(bucket):
-        params, grads, momenta, masters, first, _ = batch
+        params, grads, momenta, masters, first, *_ = batch
         # What is stored in another type is widened, and rounded once when it is stored again.
         weights = params if masters is None else masters
         dtype = _COMPUTE_DTYPE[weights[0].dtype]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import numbers
 import operator
@@ -559,15 +560,38 @@ class _StatesInOrder:
 
     def __init__(self, state: dict[Tensor, dict[str, Any]]) -> None:
         self._state = state
-        self._keys = list(state)
-        self._values = list(state.values())
+        self._position = 0  # the native core's
         self._next = 0
 
+    def gather(self, group: dict[str, Any], with_momentum: bool) -> Bucket | None:
+        """The bucket of a group by the native core's quick way; None where that is not open."""
+        params: list[Tensor] = group["params"]
+        if group["fused"] is False or not params:
+            return None
+        zeros = None
+        if group["track_sparsity"]:
+            zeros = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
+        found = _native.gather(
+            params, self._state, with_momentum, group["master_weights"], zeros, self._position
+        )
+        if found is None:
+            return None
+        params, grads, momenta, masters, reading, self._position = found
+        if zeros is not None:
+            zeros = zeros[: len(params)]
+        return Bucket(params, grads, momenta, masters, False, zeros, reading)
+
+    @functools.cached_property
+    def _entries(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        return list(self._state), list(self._state.values())
+
     def of(self, params: list[Tensor]) -> list[dict[str, Any]]:
+        """The states of some parameters; empty ones for those that have none yet."""
+        keys, values = self._entries
         stop = self._next + len(params)
-        keys = self._keys[self._next : stop]
-        if len(keys) == len(params) and all(map(operator.is_, keys, params)):
-            states = self._values[self._next : stop]
+        ahead = keys[self._next : stop]
+        if len(ahead) == len(params) and all(map(operator.is_, ahead, params)):
+            states = values[self._next : stop]
             self._next = stop
             return states
         return [self._state.get(p, _NO_STATE) for p in params]
@@ -586,6 +610,9 @@ def _buckets(
 
     With each bucket, the state that was created for it: (parameter, key, value).
     """
+    gathered = states.gather(group, with_momentum)
+    if gathered is not None:
+        return [(gathered, [])] if gathered.params else []
     params: list[Tensor] = group["params"]
     grads: list[Any] = [p.grad for p in params]
     if NoneType in set(map(type, grads)):

@@ -1,6 +1,7 @@
 """The native kernel, pure PyTorch and the NumPy reference give the same bits."""
 
 import itertools
+import random
 import subprocess
 import sys
 
@@ -475,6 +476,45 @@ def test_parameters_without_a_gradient_stay(fused):
     optimizer.step()
     assert [p.tolist() == [1.0] * 3 for p in params] == [True, False, True]
     assert list(optimizer.state) == [params[1]]
+
+
+@pytest.mark.parametrize("order", ["as it came", "reversed"])
+@pytest.mark.parametrize("options", [{}, {"track_sparsity": True}])
+def test_gradients_that_come_and_go(order, options):
+    """Whichever parameters have one, in three groups, and in whatever order the state is."""
+    sizes = range(1, 13)
+
+    def groups(params):
+        return [{"params": params[i : i + 4]} for i in (0, 4, 8)]
+
+    ours, theirs = (
+        [torch.nn.Parameter(t) for t in tensors([(n,) for n in sizes], "float32", 0)]
+        for _ in range(2)
+    )
+    common = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    optimizer = ProxSGD(groups(ours), **common, l1=0.0, fused=True, **options)
+    sgd = torch.optim.SGD(groups(theirs), **common, foreach=False)
+    some = random.Random(0)
+    for step in range(12):
+        for n, p, q in zip(sizes, ours, theirs, strict=True):
+            p.grad = q.grad = None
+            if some.random() < 0.6:
+                p.grad = torch.randn(n, generator=torch.Generator().manual_seed(100 * step + n))
+                q.grad = p.grad.clone()
+        if order == "reversed":
+            entries = list(optimizer.state.items())
+            optimizer.state.clear()
+            optimizer.state.update(reversed(entries))
+        versions = [p._version for p in ours]
+        optimizer.step()
+        sgd.step()
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(p, q, f"step {step}, parameter {i}")
+            assert (p._version > versions[i]) is (p.grad is not None)
+            buffers = [o.state[t].get("momentum_buffer") for o, t in ((optimizer, p), (sgd, q))]
+            assert (buffers[0] is None) is (buffers[1] is None)
+            if buffers[0] is not None:
+                assert_same(*buffers, f"step {step}, momentum buffer {i}")
 
 
 @pytest.mark.parametrize("fused", [True, False, None])
