@@ -298,7 +298,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         if x86:
             sources["cpu_avx2"] = (
                 "cpu/kernel.cpp",
-                [*common, *KERNEL_FLAGS, "-mavx2", "-mfma", "-DPROX_SGD_SIMD=avx2"],
+                [*common, *KERNEL_FLAGS, "-mavx2", "-mfma", "-mf16c", "-DPROX_SGD_SIMD=avx2"],
             )
         if cuda is None:
             sources["cuda_absent"] = ("cuda/absent.cpp", common)

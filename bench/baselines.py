@@ -72,8 +72,10 @@ class Baseline:
     """A row of a table.
 
     ``checked_steps`` is how many steps are compared with the reference before the row is timed: 0
-    where the method is another one. ``tolerance`` (relative, absolute) is for a row that rounds
-    more than its weights' dtype tells.
+    where the method is another one. ``option`` is of a row that is ours with another option: it is
+    timed on the very tensors of the first row, as where tensors lie in memory makes a difference of
+    some percent. ``tolerance`` (relative, absolute) is for a row that rounds more than its weights'
+    dtype tells.
     """
 
     key: str
@@ -84,6 +86,7 @@ class Baseline:
     checked_steps: int = STEPS_CHECKED
     varying: bool = False
     changes_grads: bool = False
+    option: dict[str, Any] | None = None
     tolerance: tuple[float, float] | None = None
 
 
@@ -110,6 +113,20 @@ def _native_with_bfloat16_momentum(problem: Problem) -> Step:
 
 def _native_counting_zeros(problem: Problem) -> Step:
     return problem.prox_sgd(problem.l1, fused=True, track_sparsity=True)
+
+
+def switched(step: Step, options: dict[str, Any]) -> Step:
+    """The step of the same optimizer, on the same tensors, with other options for its time."""
+    optimizer: torch.optim.Optimizer = step.__self__  # type: ignore[attr-defined]
+    (group,) = optimizer.param_groups
+    before = {key: group[key] for key in options}
+
+    def run() -> None:
+        group.update(options)
+        step()
+        group.update(before)
+
+    return run
 
 
 def _pure(problem: Problem) -> Step:
@@ -324,6 +341,7 @@ BASELINES = {
             "the same pass without the L1: torch's SGD bit for bit",
             _native_without_l1,
             l1=False,
+            option={"l1": 0.0},
         ),
         Baseline(
             "prox_bfloat16_momentum",
@@ -338,6 +356,7 @@ BASELINES = {
             "ProxSGD, native, zeros counted",
             "track_sparsity=True: exact zeros of each tensor are counted in the same pass",
             _native_counting_zeros,
+            option={"track_sparsity": True},
         ),
         Baseline(
             "pure",

@@ -218,6 +218,9 @@ def run_table(table: Table, left_out: Sequence[str], progress: Progress) -> dict
                 last = progress.seconds() - start
                 compiling += last
                 row["compile_s"] = last
+        for key in steps:
+            if OURS in steps and (option := BASELINES[key].option):
+                steps[key] = baselines.switched(steps[OURS], option)
         limit = Limit(inputs.elements, layout.device, torch.float32)
         progress(f"  {len(steps)} rows in turn")
         samples = measure.interleave(

@@ -1,7 +1,7 @@
 // The update of one element: the only place in compiled code where it stands.
 //
 // The CPU and the CUDA kernels include this header. Every rounding is pinned: fma_() is one
-// rounding, mul_() and add_() are one each, and the build forbids the compiler to contract
+// rounding, mul_(), add_() and sub_() are one each, and the build forbids the compiler to contract
 // (-ffp-contract=off, --fmad=false), so that all backends give the same bits.
 #pragma once
 
@@ -180,10 +180,11 @@ PROX_SGD_HD Half store<Half>(float x) {
 
 PROX_SGD_HD float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 PROX_SGD_HD float mul_(float a, float b) { return __fmul_rn(a, b); }
-PROX_SGD_HD float add_(float a, float b) { return __fadd_rn(a, b); }
+PROX_SGD_HD float sub_(float a, float b) { return __fadd_rn(a, -b); }
 PROX_SGD_HD double fma_(double a, double b, double c) { return __fma_rn(a, b, c); }
 PROX_SGD_HD double mul_(double a, double b) { return __dmul_rn(a, b); }
 PROX_SGD_HD double add_(double a, double b) { return __dadd_rn(a, b); }
+PROX_SGD_HD double sub_(double a, double b) { return __dadd_rn(a, -b); }
 PROX_SGD_HD float div_(float a, float b) { return __fdiv_rn(a, b); }
 PROX_SGD_HD double div_(double a, double b) { return __ddiv_rn(a, b); }
 
@@ -212,10 +213,11 @@ PROX_SGD_HD float fma_(float a, float b, float c) {
 }
 #endif
 PROX_SGD_HD float mul_(float a, float b) { return a * b; }
-PROX_SGD_HD float add_(float a, float b) { return a + b; }
+PROX_SGD_HD float sub_(float a, float b) { return a - b; }
 PROX_SGD_HD double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
 PROX_SGD_HD double mul_(double a, double b) { return a * b; }
 PROX_SGD_HD double add_(double a, double b) { return a + b; }
+PROX_SGD_HD double sub_(double a, double b) { return a - b; }
 PROX_SGD_HD float div_(float a, float b) { return a / b; }
 PROX_SGD_HD double div_(double a, double b) { return a / b; }
 
@@ -236,6 +238,14 @@ PROX_SGD_HD float flip(float x, uint32_t sign) {
 }
 PROX_SGD_HD double flip(double x, uint32_t sign) {
   return bit_cast<double>(bit_cast<uint64_t>(x) ^ static_cast<uint64_t>(sign) << 32);
+}
+
+// The value, or +0 where `frozen` is not 0 and p is.
+PROX_SGD_HD float clear_if_zero(float p, uint32_t frozen, float value) {
+  return frozen && p == 0.0f ? 0.0f : value;
+}
+PROX_SGD_HD double clear_if_zero(double p, uint32_t frozen, double value) {
+  return frozen && p == 0.0 ? 0.0 : value;
 }
 
 // min(max(v, -t), t) for finite t; anything within [-t, t] for a NaN.
@@ -276,7 +286,7 @@ struct Coefficients {
   uint32_t lookahead_mask;  // nesterov: all ones
   uint32_t lookahead_sign;  // the sign bit where nesterov is off
   uint32_t shrink_mask;     // threshold not 0: all ones
-  uint32_t frozen_zeros;    // not 0: what is 0 stays 0, and there is no threshold
+  uint32_t frozen_zeros;    // all ones: what is 0 stays 0, and there is no threshold
   Momentum mode;
 };
 
@@ -316,7 +326,7 @@ Coefficients<C> coefficients(const Options& o) {
   const bool coupled = !o.proximal && o.weight_decay != 0.0;
   const bool nesterov = o.nesterov && o.momentum != 0.0;
   Coefficients<C> c{};
-  c.frozen_zeros = o.frozen_zeros ? 1 : 0;
+  c.frozen_zeros = o.frozen_zeros ? all : 0;
   set(c, varying(o));
   c.momentum = static_cast<C>(o.momentum);
   c.one_minus_dampening = static_cast<C>(1.0 - o.dampening);
@@ -330,24 +340,43 @@ Coefficients<C> coefficients(const Options& o) {
   return c;
 }
 
+// Which of the options an update knows. Options that are off would leave the bits as they are, but
+// not the time: on a CPU, the fewer there are, the more of the coefficients stay in registers.
+enum class Steps {
+  plain,     // momentum, dampening, coupled weight decay, L1
+  nesterov,  // the same with Nesterov's momentum
+  all,
+};
+
+// The least that these coefficients need.
+template <typename C>
+Steps steps(const Coefficients<C>& c) {
+  if (c.ascent || c.frozen_zeros || c.scale != C(1) || c.grad_factor != C(1)) return Steps::all;
+  return c.lookahead_mask ? Steps::nesterov : Steps::plain;
+}
+
 // One step of one element: p and m in, p and m out. `mode` is passed apart from c.mode so that a
-// caller who knows it when compiling can say so, and so is `extras`: whether there may be a factor
-// to the gradient or frozen zeros. What m holds before matters only where mode is `running`;
-// without momentum m comes back as d and is nobody's.
+// caller who knows it when compiling can say so, and so is `steps`. What m holds before matters
+// only where mode is `running`; without momentum m comes back as d and is nobody's. C may also be
+// several elements in a vector.
 //
 // The L1 proximal map is v - clamp(v, -t, t): v - v is +0, and a NaN stays one whatever its clamp
-// is.
+// is. The mask is for a clamp_ that may give -0 for t = 0, which a CPU's does not.
 template <typename C>
-PROX_SGD_HD void update(const Coefficients<C>& c, Momentum mode, bool extras, C& p, C g, C& m) {
-  const bool stays = extras && c.frozen_zeros && p == C(0);
-  if (extras) g = mul_(g, c.grad_factor);
-  const C d = fma_(c.weight_decay, keep(p, c.decay_mask), flip(g, c.ascent));
+PROX_SGD_HD void update(const Coefficients<C>& c, Momentum mode, Steps steps, C& p, C g, C& m) {
+  const bool all = steps == Steps::all;
+  if (all) g = flip(mul_(g, c.grad_factor), c.ascent);
+  const C d = fma_(c.weight_decay, keep(p, c.decay_mask), g);
   const C averaged = fma_(c.one_minus_dampening, d, mul_(c.momentum, m));
   m = mode == Momentum::running ? averaged : d;
-  const C s = fma_(c.lookahead, m, flip(keep(d, c.lookahead_mask), c.lookahead_sign));
+  C s = m;
+  if (all) s = fma_(c.lookahead, m, flip(keep(d, c.lookahead_mask), c.lookahead_sign));
+  if (steps == Steps::nesterov) s = fma_(c.lookahead, m, d);
   const C v = fma_(c.minus_lr, s, p);
-  const C moved = mul_(add_(v, -keep(clamp_(v, c.threshold), c.shrink_mask)), c.scale);
-  p = stays ? C(0) : moved;
+  C shrunk = clamp_(v, c.threshold);
+  if (all) shrunk = keep(shrunk, c.shrink_mask);
+  const C moved = sub_(v, shrunk);
+  p = all ? clear_if_zero(p, c.frozen_zeros, mul_(moved, c.scale)) : moved;
 }
 
 }  // namespace prox_sgd

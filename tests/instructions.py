@@ -41,6 +41,8 @@ class Case(NamedTuple):
     l1: float = 1e-5
     count_zeros: bool = False
     level: str = "avx2"
+    nesterov: bool = False
+    maximize: bool = False
 
 
 CASES = {
@@ -48,6 +50,8 @@ CASES = {
     "float32, l1=0": Case(l1=0.0),
     "float32, no momentum": Case(momentum=0.0),
     "float32, zeros counted": Case(count_zeros=True),
+    "float32, nesterov": Case(nesterov=True),
+    "float32, maximize": Case(maximize=True),
     "float32, momentum in bfloat16": Case(buffer=BFLOAT16),
     "float32, baseline": Case(level="baseline"),
     "float64": Case(FLOAT64, FLOAT64),
@@ -77,17 +81,18 @@ class Memory:
 def describe(m):
     return m.address, 1, 0, *m.dtype, (m.elements,), (1,)
 sizes = [0, 1, 7, 64, 65, 1000, 32768, 32769, 40000] + [512] * 100
-reader = core.TensorReader(None, describe, lambda device: 0, Memory, Memory)
-for weight, buffer, master, momentum, l1, count_zeros, level in cases:
+reader = core.TensorReader(None, describe, lambda device: 0, lambda m: False, Memory, Memory)
+for weight, buffer, master, momentum, l1, count_zeros, level, nesterov, maximize in cases:
     params, grads = ([Memory(n, *weight) for n in sizes] for _ in range(2))
     momenta = [Memory(n, *buffer) for n in sizes] if momentum else None
     masters = [Memory(n, 2, 32) for n in sizes] if master else None
     counters = (ctypes.c_int64 * len(sizes))()
-    zeros = [ctypes.addressof(counters) + 8 * i for i in range(len(sizes))] if count_zeros else None
+    zeros = ctypes.addressof(counters) if count_zeros else 0
     core.set_simd_level(level)
     reading = reader.read(params, grads, momenta, masters, zeros)
     assert not reading.misfits, reading.misfits
-    options = (0.1, momentum, 0.0, 1e-4, l1, False, False, False, False, 1.0, 1.0, False, 1, {})
+    options = (0.1, momentum, 0.0, 1e-4, l1, nesterov, maximize, False, False, 1.0, 1.0)
+    options += (False, 1, {})
     core.prox_sgd_(reader, reading, *options)
     os.getppid()
     for _ in range(steps):

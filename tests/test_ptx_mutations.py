@@ -43,7 +43,7 @@ MUTANTS = [
     Mutant(
         "fmax swallows NaN",
         MATH,
-        "add_(v, -keep(clamp_(v, c.threshold), c.shrink_mask))",
+        "sub_(v, shrunk)",
         "C(v > C(0) ? fmax(v - c.threshold, C(0)) : -fmax(-v - c.threshold, C(0)))",
         "bytes",
     ),
@@ -66,8 +66,8 @@ MUTANTS = [
     Mutant(
         "contraction let loose",
         MATH,
-        "return __fadd_rn(a, b); }",
-        "return a + b; }",
+        "return __fadd_rn(a, -b); }",
+        "return a - b; }",
         "contractable",
         tuple(flag for flag in harness.FLAGS if flag != "--fmad=false"),
     ),
@@ -192,12 +192,18 @@ MUTANTS = [
         "*counter += number;",
         "race",
     ),
-    Mutant("frozen zeros move", MATH, "p = stays ? C(0) : moved;", "p = moved;", "bytes"),
+    Mutant(
+        "frozen zeros move",
+        MATH,
+        "clear_if_zero(p, c.frozen_zeros, mul_(moved, c.scale))",
+        "mul_(moved, c.scale)",
+        "bytes",
+    ),
     Mutant(
         "scaled gradients taken as they are",
         MATH,
-        "if (extras) g = mul_(g, c.grad_factor);",
-        "",
+        "flip(mul_(g, c.grad_factor), c.ascent)",
+        "flip(g, c.ascent)",
         "bytes",
     ),
     Mutant(

@@ -108,6 +108,75 @@ def test_extreme_values_at_every_level(level, dtype):
             assert_same(a, b, level)
 
 
+# What a CPU kernel is compiled apart for: kind, first step or not, options, counting.
+KINDS = {
+    **{dtype: (dtype, {}) for dtype in reference.DTYPES},
+    "bfloat16 momentum": ("float32", {"momentum_dtype": torch.bfloat16}),
+    "bfloat16 master": ("bfloat16", {"master_weights": True}),
+    "bfloat16 master and momentum": (
+        "bfloat16",
+        {"master_weights": True, "momentum_dtype": torch.bfloat16},
+    ),
+    "float16 master": ("float16", {"master_weights": True}),
+}
+VARIANTS = {
+    "plain": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+    "all": {"momentum": 0.9, "nesterov": True, "l2_mode": "proximal", "maximize": True},
+    "no momentum": {"momentum": 0.0},
+    "no momentum, all": {"momentum": 0.0, "l2_mode": "proximal"},
+}
+
+
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kernel_gives_the_bits_and_the_zeros_of_pure_pytorch(kind, variant, level):
+    _native._C.set_simd_level(level)
+    dtype, options = KINDS[kind]
+    special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -6e-8])
+    # Whole vectors, whole lines and every remainder of both; special values at many places.
+    sizes = [*range(1, 36), 63, 64, 65, 1000]
+
+    def values(seed):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.randn(n, generator=generator) for n in sizes]
+        for i, t in enumerate(drawn):
+            t[i % 3 :: 5] = special[(i + seed) % len(special)]
+        return [t.to(getattr(torch, dtype)) for t in drawn]
+
+    results = []
+    for fused, count in ((False, False), (True, False), (True, True)):
+        params = [torch.nn.Parameter(t) for t in values(0)]
+        optimizer = ProxSGD(
+            params,
+            lr=0.1,
+            weight_decay=0.02,
+            l1=0.05,
+            **VARIANTS[variant],
+            **options,
+            fused=fused,
+            track_sparsity=count,
+        )
+        history = []
+        for step in range(3):
+            for p, grad in zip(params, values(1 + step), strict=True):
+                p.grad = grad
+            optimizer.step()
+            states = [t for p in params for t in optimizer.state[p].values()]
+            history += [p.detach().clone() for p in params] + [t.clone() for t in states]
+            if count:
+                assert [layer.zeros for layer in optimizer.sparsity().layers] == [
+                    int((p == 0).sum()) for p in params
+                ]
+        results.append(history)
+    assert any((p == 0).any() for p in params)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_same(a, b, f"{kind}, {variant}, {level}")
+
+
 def test_both_levels_run_on_x86():
     if os.uname().machine == "x86_64" and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
         assert LEVELS == ["baseline", "avx2"]

@@ -1,21 +1,43 @@
-// The CPU kernel. Compiled once for each instruction set, with PROX_SGD_SIMD naming it; the loop is
-// left to the compiler to vectorise, which the shape of update() allows.
+// The CPU kernel. Compiled once for each instruction set, with PROX_SGD_SIMD naming it. With AVX2,
+// float32 is computed in vectors that are spelled out; the rest is left to the compiler to
+// vectorise, which the shape of update() allows.
 //
 // Two objects with different instruction sets share one program, so nothing here may leave a symbol
-// that the linker could merge: what the math header offers is always inlined, the rest is local.
+// that the linker could merge: what the headers offer is always inlined, the rest is local.
 #include "kernel.h"
 
 #include <type_traits>
 
 #include "../prox_sgd_math.h"
+#if defined(__AVX2__)
+#include "lanes.h"
+#endif
 
 namespace prox_sgd::cpu::PROX_SGD_SIMD {
 namespace {
 
-// kExtras: whether zeros are counted or frozen, or gradients multiplied. Returns the zeros if so.
-template <typename T, Momentum kMode, bool kExtras>
+// The arrays of one parameter.
+template <typename T>
+struct Arrays {
+  typename T::Param* param;
+  const typename T::Grad* grad;
+  typename T::Momentum* momentum;
+  typename T::Weight* weight;
+};
+
+// What is compiled apart from the rest.
+template <Momentum kMomentum, Steps kStepsTaken, bool kCounted>
+struct Variant {
+  static constexpr Momentum kMode = kMomentum;
+  static constexpr Steps kSteps = kStepsTaken;
+  static constexpr bool kCounts = kCounted;
+};
+
+// Updates `size` elements. Returns the zeros if they are counted. The arrays are parameters, as
+// that is where GCC believes __restrict.
+template <typename T, typename V>
 inline __attribute__((always_inline)) int64_t
-update_span(const Coefficients<typename T::Compute>& c, typename T::Param* __restrict param,
+update_each(const Coefficients<typename T::Compute>& c, typename T::Param* __restrict param,
             const typename T::Grad* __restrict grad, typename T::Momentum* __restrict momentum,
             typename T::Weight* __restrict weight, int64_t size) {
   using C = typename T::Compute;
@@ -28,65 +50,144 @@ update_span(const Coefficients<typename T::Compute>& c, typename T::Param* __res
     } else {
       p = load(param[i]);
     }
-    C m = kMode == Momentum::running ? load(momentum[i]) : C(0);
-    update(c, kMode, kExtras, p, load(grad[i]), m);
-    if (kMode != Momentum::none) momentum[i] = store<typename T::Momentum>(m);
+    C m = V::kMode == Momentum::running ? load(momentum[i]) : C(0);
+    update(c, V::kMode, V::kSteps, p, load(grad[i]), m);
+    if (V::kMode != Momentum::none) momentum[i] = store<typename T::Momentum>(m);
     if constexpr (T::has_master) weight[i] = store<typename T::Weight>(p);
     // Never held as a local struct, nor a bool added: GCC would leave 16-bit loops scalar, which is
     // nine times slower (tests/instructions.py).
     param[i] = store<typename T::Param>(p);
-    if constexpr (kExtras) zeros += is_zero(param[i]) ? 1 : 0;
+    if constexpr (V::kCounts) zeros += is_zero(param[i]) ? 1 : 0;
   }
   return zeros;
 }
 
-template <typename T, Momentum kMode, bool kExtras>
+template <typename T, typename V>
+inline __attribute__((always_inline)) int64_t update_each(
+    const Coefficients<typename T::Compute>& c, const Arrays<T>& at, int64_t begin, int64_t size) {
+  return update_each<T, V>(c, at.param + begin, at.grad + begin, at.momentum + begin,
+                           at.weight + begin, size);
+}
+
+// A number of elements that make up whole cache lines of the widest array.
+template <typename T>
+constexpr int64_t kLine = 64 / sizeof(typename T::Weight);
+
+// Asks for the lines that come eight lines later, to be used once: hardware prefetchers alone leave
+// a sixth of the bandwidth unused, and lines that nobody reads again soon need not pass through the
+// outer caches (bench/NOTES.md). Asking past the end is harmless.
+template <typename T, typename V>
+inline __attribute__((always_inline)) void prefetch_for(const Arrays<T>& at, int64_t i) {
+  const int64_t ahead = i + 8 * kLine<T>;
+  __builtin_prefetch(at.param + ahead, 0, 0);
+  __builtin_prefetch(at.grad + ahead, 0, 0);
+  if (V::kMode != Momentum::none) __builtin_prefetch(at.momentum + ahead, 0, 0);
+  if constexpr (T::has_master) __builtin_prefetch(at.weight + ahead, 0, 0);
+}
+
+#if defined(__AVX2__)
+
+// Updates as many elements from i on as Floats holds.
+template <typename T, typename V>
+inline __attribute__((always_inline)) void update_lanes(const Coefficients<Floats>& c,
+                                                        const Arrays<T>& at, int64_t i,
+                                                        __m256i& minus_zeros) {
+  Floats p;
+  if constexpr (T::has_master) {
+    p = load_lanes(at.weight + i);
+  } else {
+    p = load_lanes(at.param + i);
+  }
+  Floats m(0.0f);
+  if (V::kMode == Momentum::running) m = load_lanes(at.momentum + i);
+  update(c, V::kMode, V::kSteps, p, load_lanes(at.grad + i), m);
+  if (V::kMode != Momentum::none) Stored<typename T::Momentum>(m).write(at.momentum + i);
+  if constexpr (T::has_master) Stored<typename T::Weight>(p).write(at.weight + i);
+  const Stored<typename T::Param> stored(p);
+  stored.write(at.param + i);
+  if (V::kCounts) minus_zeros = _mm256_add_epi32(minus_zeros, stored.minus_zeros());
+}
+
+template <typename T, typename V>
+int64_t update_floats(const Coefficients<float>& coefficients, const Arrays<T>& at, int64_t begin,
+                      int64_t end) {
+  const Coefficients<Floats> c = spread(coefficients);
+  __m256i minus_zeros = _mm256_setzero_si256();
+  int64_t i = begin;
+  for (; i + kLine<T> <= end; i += kLine<T>) {
+    prefetch_for<T, V>(at, i);
+    for (int64_t j = 0; j < kLine<T>; j += Floats::kCount) {
+      update_lanes<T, V>(c, at, i + j, minus_zeros);
+    }
+  }
+  for (; i + Floats::kCount <= end; i += Floats::kCount) {
+    update_lanes<T, V>(c, at, i, minus_zeros);
+  }
+  alignas(32) int32_t counts[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(counts), minus_zeros);
+  int64_t zeros = update_each<T, V>(coefficients, at, i, end - i);
+  for (const int32_t count : counts) zeros -= count;
+  return zeros;
+}
+
+#endif
+
+template <typename T, typename V>
 int64_t update_range(const Operands& operands, const void* coefficients, int64_t begin,
                      int64_t end) {
-  const auto c = *static_cast<const Coefficients<typename T::Compute>*>(coefficients);
-  auto* param = static_cast<typename T::Param*>(operands.param);
-  const auto* grad = static_cast<const typename T::Grad*>(operands.grad);
-  auto* momentum = static_cast<typename T::Momentum*>(operands.momentum);
-  auto* weight = static_cast<typename T::Weight*>(operands.master);
-  // A cache line of the widest stream at a time, asking for the one that comes eight lines later,
-  // to be used once: hardware prefetchers alone leave a sixth of the bandwidth unused, and lines
-  // that nobody reads again soon need not pass through the outer caches (bench/NOTES.md). Asking
-  // past the end is harmless.
-  constexpr int64_t kLine = 64 / sizeof(typename T::Weight);
-  constexpr int64_t kAhead = 8 * kLine;
+  using C = typename T::Compute;
+  const auto c = *static_cast<const Coefficients<C>*>(coefficients);
+  const Arrays<T> at{static_cast<typename T::Param*>(operands.param),
+                     static_cast<const typename T::Grad*>(operands.grad),
+                     static_cast<typename T::Momentum*>(operands.momentum),
+                     static_cast<typename T::Weight*>(operands.master)};
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<C, float>) return update_floats<T, V>(c, at, begin, end);
+#endif
   int64_t zeros = 0;
   int64_t i = begin;
-  for (; i + kLine <= end; i += kLine) {
-    __builtin_prefetch(param + i + kAhead, 0, 0);
-    __builtin_prefetch(grad + i + kAhead, 0, 0);
-    if (kMode != Momentum::none) __builtin_prefetch(momentum + i + kAhead, 0, 0);
-    if constexpr (T::has_master) __builtin_prefetch(weight + i + kAhead, 0, 0);
-    zeros +=
-        update_span<T, kMode, kExtras>(c, param + i, grad + i, momentum + i, weight + i, kLine);
+  for (; i + kLine<T> <= end; i += kLine<T>) {
+    prefetch_for<T, V>(at, i);
+    zeros += update_each<T, V>(c, at, i, kLine<T>);
   }
-  zeros +=
-      update_span<T, kMode, kExtras>(c, param + i, grad + i, momentum + i, weight + i, end - i);
-  return zeros;
+  return zeros + update_each<T, V>(c, at, i, end - i);
 }
 
-template <typename T, bool kExtras>
-Kernel kernel_for(Momentum mode) {
-  switch (mode) {
-    case Momentum::none:
-      return update_range<T, Momentum::none, kExtras>;
-    case Momentum::first:
-      return update_range<T, Momentum::first, kExtras>;
-    default:
-      return update_range<T, Momentum::running, kExtras>;
+// Where fma is emulated, that takes most of the time, and most of a compiler's: few variants then.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;
+#endif
+
+template <typename T, Momentum kMode>
+Kernel kernel_for(Steps steps, bool counts) {
+  if (steps == Steps::plain && !counts) return update_range<T, Variant<kMode, Steps::plain, false>>;
+  if constexpr (kHasFma) {
+    if (steps == Steps::plain) return update_range<T, Variant<kMode, Steps::plain, true>>;
+    if constexpr (kMode != Momentum::none) {
+      if (steps == Steps::nesterov) {
+        return counts ? update_range<T, Variant<kMode, Steps::nesterov, true>>
+                      : update_range<T, Variant<kMode, Steps::nesterov, false>>;
+      }
+    }
   }
+  return update_range<T, Variant<kMode, Steps::all, true>>;
 }
 
 }  // namespace
 
-Kernel kernel(Kind kind, Momentum mode, bool extras) {
+Kernel kernel(Kind kind, Momentum mode, Steps steps, bool counts) {
   return with_kind(kind, [&](auto tag) {
     using T = Types<decltype(tag)::kind>;
-    return extras ? kernel_for<T, true>(mode) : kernel_for<T, false>(mode);
+    switch (mode) {
+      case Momentum::none:
+        return kernel_for<T, Momentum::none>(steps, counts);
+      case Momentum::first:
+        return kernel_for<T, Momentum::first>(steps, counts);
+      default:
+        return kernel_for<T, Momentum::running>(steps, counts);
+    }
   });
 }
 

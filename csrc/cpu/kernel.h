@@ -2,19 +2,20 @@
 #pragma once
 
 #include "../prox_sgd.h"
+#include "../prox_sgd_math.h"
 
 namespace prox_sgd::cpu {
 
-// Updates elements [begin, end) of one parameter. Returns how many of them are zero then, if it is
-// the kernel with extras; 0 else.
+// Updates elements [begin, end) of one parameter. Returns how many of them are zero then, if the
+// kernel counts; 0 else, or that number too.
 using Kernel = int64_t (*)(const Operands& operands, const void* coefficients, int64_t begin,
                            int64_t end);
 
 namespace baseline {
-Kernel kernel(Kind kind, Momentum mode, bool extras);
+Kernel kernel(Kind kind, Momentum mode, Steps steps, bool counts);
 }
 namespace avx2 {
-Kernel kernel(Kind kind, Momentum mode, bool extras);
+Kernel kernel(Kind kind, Momentum mode, Steps steps, bool counts);
 }
 
 }  // namespace prox_sgd::cpu

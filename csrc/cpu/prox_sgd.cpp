@@ -8,6 +8,9 @@
 #include "kernel.h"
 #include "plan.h"
 
+#if defined(PROX_SGD_HAS_AVX2)
+#include <cpuid.h>
+#endif
 #if defined(_OPENMP)
 #include <dlfcn.h>
 #include <omp.h>
@@ -18,12 +21,12 @@ namespace {
 
 constexpr int64_t kElementsAThread = 32768;  // as many as torch's own operations take
 
-Kernel kernel_at(Simd level, Kind kind, Momentum mode, bool extras) {
+Kernel kernel_at(Simd level, Kind kind, Momentum mode, Steps steps, bool counts) {
 #if defined(PROX_SGD_HAS_AVX2)
-  if (level == Simd::avx2) return avx2::kernel(kind, mode, extras);
+  if (level == Simd::avx2) return avx2::kernel(kind, mode, steps, counts);
 #endif
   (void)level;
-  return baseline::kernel(kind, mode, extras);
+  return baseline::kernel(kind, mode, steps, counts);
 }
 
 template <typename C>
@@ -32,8 +35,7 @@ void run(const std::vector<Operands>& operands, Kind kind, const Options& option
   const Coefficients<C> c = coefficients<C>(options);
   const bool counts = std::any_of(operands.begin(), operands.end(),
                                   [](const Operands& o) { return o.zeros != nullptr; });
-  const bool extras = counts || c.frozen_zeros != 0 || c.grad_factor != C(1);
-  const Kernel kernel = kernel_at(level, kind, c.mode, extras);
+  const Kernel kernel = kernel_at(level, kind, c.mode, steps(c), counts);
   const Plan plan(operands, threads);
   const auto run_chunk = [&](int64_t chunk) {
     plan.visit(chunk, [&](const Plan::Piece& piece) {
@@ -67,7 +69,12 @@ void run(const std::vector<Operands>& operands, Kind kind, const Options& option
 bool simd_supported(Simd level) {
   if (level == Simd::baseline) return true;
 #if defined(PROX_SGD_HAS_AVX2)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
   return false;
 #endif

@@ -126,7 +126,7 @@ __device__ __forceinline__ int update_packs(const Coefficients<typename T::Compu
     for (int i = 0; i < N; ++i) {
       C pi = load(p[k].values[i]);
       C mi = load(m[k].values[i]);
-      update(c, c.mode, true, pi, load(g[k].values[i]), mi);
+      update(c, c.mode, Steps::all, pi, load(g[k].values[i]), mi);
       p[k].values[i] = store<typename T::Weight>(pi);
       m[k].values[i] = store<typename T::Momentum>(mi);
       stored.values[i] = store<typename T::Param>(pi);
