@@ -37,10 +37,13 @@ NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tes
 test-older: .venv-older/.ready
 	$(BOTH_CORES) $(OLD)/pytest -q $(IN_TWO) $(NATIVE_TESTS)
 
-# The slower way to read tensors, that of a torch without DLPack's C exchange API.
+# The slower way to read tensors, that of a torch without DLPack's C exchange API: the tests of what
+# is read and how.
 test-python-reader: .venv/.ready
 	$(BOTH_CORES) RESNET_REG_EXT_TEST_NO_EXCHANGE_API=1 \
-		$(BIN)/pytest -q $(IN_TWO) $(NATIVE_TESTS) --ignore=tests/test_compile.py
+		$(BIN)/pytest -q $(IN_TWO) $(addprefix tests/test_,$(addsuffix .py,$(READER_TESTS)))
+READER_TESTS := against_sgd checkpoints functional layouts precision prox_sgd refusals sparsity \
+	threads_and_simd
 
 # The CPU core built with AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitized

@@ -74,8 +74,8 @@ class Baseline:
     ``checked_steps`` is how many steps are compared with the reference before the row is timed: 0
     where the method is another one. ``option`` is of a row that is ours with another option: it is
     timed on the very tensors of the first row, as where tensors lie in memory makes a difference of
-    some percent. ``tolerance`` (relative, absolute) is for a row that rounds more than its weights'
-    dtype tells.
+    some percent; ``same_parameters``: on its parameters, with a momentum of its own. ``tolerance``
+    (relative, absolute) is for a row that rounds more than its weights' dtype tells.
     """
 
     key: str
@@ -87,6 +87,7 @@ class Baseline:
     varying: bool = False
     changes_grads: bool = False
     option: dict[str, Any] | None = None
+    same_parameters: bool = False
     tolerance: tuple[float, float] | None = None
 
 
@@ -348,6 +349,7 @@ BASELINES = {
             "ProxSGD, native, momentum in bfloat16",
             "momentum_dtype=torch.bfloat16: 16 bytes an element instead of 20",
             _native_with_bfloat16_momentum,
+            same_parameters=True,
             # A momentum is off by 2^-9 of itself; ten steps move no weight by more than 0.05.
             tolerance=(1e-5, 1e-4),
         ),

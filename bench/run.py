@@ -151,8 +151,10 @@ class Inputs:
         return Problem(models.parameters(self.values, grads), momentum=self.momentum)
 
 
-def prepare(baseline: Baseline, inputs: Inputs) -> tuple[Step, dict[str, Any]]:
-    """A row's step, made and checked.
+def prepare(
+    baseline: Baseline, inputs: Inputs, shared: Problem | None = None
+) -> tuple[Step, dict[str, Any]]:
+    """A row's step, made and checked; on the parameters of `shared`, if that is given, afterwards.
 
     Raises:
         Missing: the row's library isn't there, or its weights aren't what its method gives.
@@ -170,6 +172,8 @@ def prepare(baseline: Baseline, inputs: Inputs) -> tuple[Step, dict[str, Any]]:
             f"after {check.steps} steps its weights differ from the reference by "
             f"{check.deviation:.1e}, so it is not timed"
         )
+    if shared is not None:
+        step = baseline.make(shared)
     return step, {"check": check.as_dict()}
 
 
@@ -196,6 +200,7 @@ def run_table(table: Table, left_out: Sequence[str], progress: Progress) -> dict
             "elements": inputs.elements,
         }
         steps: dict[str, Step] = {}
+        shared = inputs.problem(BASELINES[OURS])
         compiling = last = 0.0
         for key in table.rows:
             baseline = BASELINES[key]
@@ -210,7 +215,8 @@ def run_table(table: Table, left_out: Sequence[str], progress: Progress) -> dict
             progress(f"  {baseline.name}")
             start = progress.seconds()
             try:
-                steps[key], checked = prepare(baseline, inputs)
+                of_ours = key == OURS or baseline.same_parameters
+                steps[key], checked = prepare(baseline, inputs, shared if of_ours else None)
                 row |= checked
             except Missing as missing:
                 row["missing"] = str(missing)

@@ -675,8 +675,12 @@ def _update_in_(
         s = torch._foreach_add(d, m, alpha=h.momentum) if h.nesterov else m
     torch._foreach_add_(p, s, alpha=-h.lr)
     if threshold != 0:
-        inside = torch._foreach_clamp_min(p, -threshold)
-        torch._foreach_clamp_max_(inside, threshold)
+        if p[0].device.type == "cpu":
+            # There _foreach operations are loops themselves, and this is one pass instead of two.
+            inside = [torch.clamp(t, -threshold, threshold) for t in p]
+        else:
+            inside = list(torch._foreach_clamp_min(p, -threshold))
+            torch._foreach_clamp_max_(inside, threshold)
         torch._foreach_sub_(p, inside)
     if h.weight_decay != 0 and h.proximal:
         torch._foreach_mul_(p, 1 / (1 + h.lr * (h.weight_decay * k)))
