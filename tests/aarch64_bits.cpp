@@ -1,5 +1,6 @@
-// Prints a hash of what the CPU kernel makes of pseudo-random tensors in every dtype under 64
-// option sets. Built for two architectures, it must print the same twice: see `make test-aarch64`.
+// Prints a hash of what the CPU kernel makes of pseudo-random tensors of every kind under 128
+// option sets, and of the zeros that it counts. Built for two architectures, it must print the same
+// twice: see `make test-aarch64`.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -38,17 +39,44 @@ std::vector<unsigned char> draw(DType dtype, int64_t numel, std::mt19937_64& ran
   return bytes;
 }
 
+// What the tensors of a kind are stored in.
+struct Stored {
+  Kind kind;
+  DType param;
+  DType momentum;
+  bool master;
+};
+constexpr Stored kKinds[] = {
+    {Kind::float32, DType::float32, DType::float32, false},
+    {Kind::float64, DType::float64, DType::float64, false},
+    {Kind::float16, DType::float16, DType::float16, false},
+    {Kind::bfloat16, DType::bfloat16, DType::bfloat16, false},
+    {Kind::float32_momentum_bfloat16, DType::float32, DType::bfloat16, false},
+    {Kind::bfloat16_master, DType::bfloat16, DType::float32, true},
+    {Kind::bfloat16_master_momentum_bfloat16, DType::bfloat16, DType::bfloat16, true},
+    {Kind::float16_master, DType::float16, DType::float32, true},
+};
+
 }  // namespace
 
 int main() {
   std::mt19937_64 random(5);
   uint64_t hash = 1469598103934665603u;  // FNV-1a
-  for (const DType dtype : {DType::float32, DType::float64, DType::float16, DType::bfloat16}) {
-    for (int set = 0; set < 64; ++set) {
+  const auto take = [&](uint64_t bits) { hash = (hash ^ bits) * 1099511628211u; };
+  const auto take_all = [&](DType dtype, const std::vector<unsigned char>& bytes) {
+    for (size_t at = 0; at < bytes.size(); at += width(dtype)) {
+      uint64_t bits = 0;
+      std::memcpy(&bits, bytes.data() + at, width(dtype));
+      take(width(dtype) == 2 && is_nan16(dtype, bits) ? 0x7fff : bits);
+    }
+  };
+  for (const Stored& stored : kKinds) {
+    for (int set = 0; set < 128; ++set) {
       const int64_t numel = 1000 + set;
-      auto p = draw(dtype, numel, random);
-      const auto g = draw(dtype, numel, random);
-      auto m = draw(dtype, numel, random);
+      auto p = draw(stored.param, numel, random);
+      const auto g = draw(stored.param, numel, random);
+      auto m = draw(stored.momentum, numel, random);
+      auto w = draw(DType::float32, stored.master ? numel : 0, random);
       const bool momentum = set & 1;
       const bool dampening = set & 2;
       const Options options{0.1,
@@ -56,20 +84,22 @@ int main() {
                             dampening ? 0.3 : 0.0,
                             set & 4 ? 0.01 : 0.0,
                             set & 8 ? 0.05 : 0.0,
-                            momentum && !dampening,
+                            momentum && !dampening && (set & 64) != 0,
                             (set & 16) != 0,
                             (set & 32) != 0,
+                            false,
+                            1.0f,
+                            1.0f,
                             false};
-      cpu::prox_sgd({{p.data(), g.data(), m.data(), numel}}, dtype, options, cpu::Simd::baseline,
-                    1);
-      for (const auto* bytes : {&p, &m}) {
-        for (int64_t i = 0; i < numel; ++i) {
-          uint64_t bits = 0;
-          std::memcpy(&bits, bytes->data() + i * width(dtype), width(dtype));
-          if (width(dtype) == 2 && is_nan16(dtype, bits)) bits = 0x7fff;
-          hash = (hash ^ bits) * 1099511628211u;
-        }
-      }
+      int64_t zeros = 0;
+      int64_t* const counter = set % 3 ? &zeros : nullptr;
+      cpu::prox_sgd(
+          {{p.data(), g.data(), m.data(), stored.master ? w.data() : nullptr, numel, counter}},
+          stored.kind, options, cpu::Simd::baseline, 1);
+      take_all(stored.param, p);
+      take_all(stored.momentum, m);
+      take_all(DType::float32, w);
+      take(static_cast<uint64_t>(zeros));
     }
   }
   std::printf("%016llx\n", static_cast<unsigned long long>(hash));
