@@ -32,6 +32,7 @@ NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tes
 	--ignore-glob='*test_recipe*' --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py \
 	--ignore=tests/test_readme.py --ignore=tests/test_bench.py --ignore=tests/test_instructions.py \
 	--ignore-glob='*test_integrations*' --ignore-glob='*test_distributed*' \
+	--ignore=tests/test_compile.py \
 	--deselect=tests/test_schedules.py::test_the_asked_share_of_zeros_is_reached_and_held_on_digits
 
 test-older: .venv-older/.ready

@@ -38,8 +38,10 @@ tensors = {name: Reads() for name in store}
 names = {id(t): n for n, t in tensors.items()}
 def describe(t):
     return (ctypes.addressof(store[names[id(t)]]), 1, 0, 2, 32, (3,), (1,))
-reader = module.TensorReader(None, describe, lambda device: 0, Reads, Reads)
-reading = reader.read([tensors["p"]], [tensors["g"]], None)
+reader = module.TensorReader(
+    None, describe, lambda device: 0, lambda tensor: False, Reads, Reads
+)
+reading = reader.read([tensors["p"]], [tensors["g"]], None, None, 0)
 assert reading.misfits == [], reading.misfits
 module.prox_sgd_(reader, reading, 0.25, 0.0, 0.0, 0.0, 1.0,
                  False, False, False, False, 1.0, 1.0, False, 2, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from pathlib import Path
@@ -180,6 +181,9 @@ def many_groups(count):
 def calls_in_a_step(optimizer):
     """Python's and C's function calls in a step: the same number at every run."""
     calls = 0
+    # A collection in between would call what other tests' objects are to be finalised with.
+    gc.collect()
+    gc.disable()
 
     def count(frame, event, argument):
         nonlocal calls
@@ -190,6 +194,7 @@ def calls_in_a_step(optimizer):
         optimizer.step()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return calls
 
 
