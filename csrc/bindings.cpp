@@ -147,9 +147,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             return misfits;
           },
           "(index, differs in layout only, has a negated gradient, lacks a usable CUDA device, "
-          "reason "
-          "in words) for each "
-          "parameter that no bucket took.");
+          "reason in words) for each parameter that no bucket took.");
 
   py::class_<TensorReader>(m, "TensorReader", "Reads lists of torch tensors through DLPack.")
       .def(py::init([](py::object exchange_api, py::object describe, py::object stream,
@@ -186,18 +184,23 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             auto found = reader.gather(params.ptr(), state.ptr(), momenta, masters,
                                        reinterpret_cast<int64_t*>(zeros), &position);
             if (!found) return py::none();
+            py::tuple taken(6);
             py::object reading = py::cast(std::move(found->reading));
-            py::list lists;
+            int i = 0;
             for (OwnedObject* list :
                  {&found->params, &found->grads, &found->momenta, &found->masters}) {
-              lists.append(*list ? py::reinterpret_steal<py::object>(list->release()) : py::none());
+              py::object held = py::none();
+              if (*list) held = py::reinterpret_steal<py::object>(list->release());
+              py::detail::keep_alive_impl(reading, held);
+              taken[i++] = held;
             }
-            py::detail::keep_alive_impl(reading, lists);
-            return py::make_tuple(lists, reading, position);
+            taken[4] = reading;
+            taken[5] = position;
+            return taken;
           },
           py::arg("params"), py::arg("state"), py::arg("momenta"), py::arg("masters"),
           py::arg("zeros"), py::arg("position"),
-          "([params, grads, momenta, masters], reading, position) of the parameters that have a "
+          "(params, grads, momenta, masters, reading, position) of the parameters that have a "
           "gradient; None where anything is out of the ordinary. `zeros`: the address of an int64 "
           "counter a parameter, on the first one's device; 0 for none. `position`: where in the "
           "state to look first; 0, then what is returned.");

@@ -78,6 +78,25 @@ struct Types<Kind::bfloat16_master_momentum_bfloat16>
 template <>
 struct Types<Kind::float16_master> : StorageTypes<Half, Half, float, float, true> {};
 
+// The arrays of a parameter from some element on. `weight` is what is updated: the master, or the
+// parameter itself.
+template <typename T>
+struct Piece {
+  typename T::Param* param;
+  const typename T::Grad* grad;
+  typename T::Momentum* momentum;
+  typename T::Weight* weight;
+};
+
+template <typename T>
+PROX_SGD_HD Piece<T> piece_from(const Operands& o, int64_t begin) {
+  void* weight = T::has_master ? o.master : o.param;
+  return {static_cast<typename T::Param*>(o.param) + begin,
+          static_cast<const typename T::Grad*>(o.grad) + begin,
+          static_cast<typename T::Momentum*>(o.momentum) + begin,
+          static_cast<typename T::Weight*>(weight) + begin};
+}
+
 template <Kind kKind>
 struct KindTag {
   static constexpr Kind kind = kKind;

@@ -356,7 +356,6 @@ std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, 
   Py_ssize_t taken = 0;
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const param = PyList_GET_ITEM(params, i);
-    if (!plain(param)) return std::nullopt;
     const OwnedObject grad(PyObject_GetAttr(param, grad_name_.get()));
     PyObject* of_param = nullptr;
     if (with_momenta || with_masters) {

@@ -101,26 +101,14 @@ def read(
     params: list[Tensor],
     grads: list[Tensor],
     momenta: list[Tensor] | None,
-    masters: list[Tensor] | None = None,
-    zeros: Tensor | None = None,
+    masters: list[Tensor] | None,
+    zeros: Tensor | None,
 ) -> Any:
     """Reads and checks lists of tensors; the result borrows their memory.
 
     ``zeros``: int64 counters, one a parameter, on the parameters' one device.
     """
     return _reader.read(params, grads, momenta, masters, _address(zeros))
-
-
-class Gathered(NamedTuple):
-    """Tensors that are known to fit, and their reading."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    momenta: list[Tensor] | None
-    masters: list[Tensor] | None
-    reading: Any
-    position: int
-    """Where in the state the next ones are likely to be."""
 
 
 def gather(
@@ -130,18 +118,28 @@ def gather(
     with_masters: bool,
     zeros: Tensor | None,
     position: int,
-) -> Gathered | None:
+) -> tuple[Any, ...] | None:
     """The quick way to what a step takes of the parameters that have a gradient.
 
-    Momentum buffers and master weights come from the state, if asked for. None where anything is
-    out of the ordinary, such as a parameter at its first step. ``zeros``: int64 counters, as many
-    as ``params`` are, on the device of the first; used are as many as there are gradients.
-    ``position``: where in the state to look first: 0, then what came back.
+    That is: parameters, gradients, momentum buffers, master weights, their reading, a position. All
+    are known to fit; buffers and master weights come from the state, and are None unless asked for.
+    The result is None where anything is out of the ordinary, such as a parameter at its first step.
+
+    Args:
+        params: of one group, with a gradient or without.
+        state: an optimizer's.
+        with_momenta: whether each has a momentum buffer.
+        with_masters: whether each has a master weight.
+        zeros: int64 counters, as many as ``params``, on the device of the first; as many are used
+            as there are gradients.
+        position: where in the state to look first: 0, then what came back.
     """
     if _C is None:
         return None
-    found = _reader.gather(params, state, with_momenta, with_masters, _address(zeros), position)
-    return found and Gathered(*found[0], *found[1:])
+    taken: tuple[Any, ...] | None = _reader.gather(
+        params, state, with_momenta, with_masters, _address(zeros), position
+    )
+    return taken
 
 
 def _address(tensor: Tensor | None) -> int:

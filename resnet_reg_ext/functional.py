@@ -391,9 +391,7 @@ def prepare_prox_sgd(
         negated = {misfit.position for misfit in misfits if misfit.negated}
         if negated:
             grads = [g.resolve_neg() if i in negated else g for i, g in enumerate(bucket.grads)]
-            bucket = bucket._replace(grads=grads)
-            reading = bucket.read()
-            misfits = _native.misfits(reading)
+            return prepare_prox_sgd(bucket._replace(grads=grads), h, fused, name, values)
     if (misfits or not native) and _distributed.has_dtensors(
         bucket.params, bucket.grads, bucket.momenta or [], bucket.masters or []
     ):

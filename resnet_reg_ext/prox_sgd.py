@@ -571,12 +571,12 @@ class _StatesInOrder:
         zeros = None
         if group["track_sparsity"]:
             zeros = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
-        found = _native.gather(
+        taken = _native.gather(
             params, self._state, with_momentum, group["master_weights"], zeros, self._position
         )
-        if found is None:
+        if taken is None:
             return None
-        params, grads, momenta, masters, reading, self._position = found
+        params, grads, momenta, masters, reading, self._position = taken
         if zeros is not None:
             zeros = zeros[: len(params)]
         return Bucket(params, grads, momenta, masters, False, zeros, reading)

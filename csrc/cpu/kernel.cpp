@@ -16,15 +16,6 @@
 namespace prox_sgd::cpu::PROX_SGD_SIMD {
 namespace {
 
-// The arrays of one parameter.
-template <typename T>
-struct Arrays {
-  typename T::Param* param;
-  const typename T::Grad* grad;
-  typename T::Momentum* momentum;
-  typename T::Weight* weight;
-};
-
 // What is compiled apart from the rest.
 template <Momentum kMomentum, Steps kStepsTaken, bool kCounted>
 struct Variant {
@@ -34,7 +25,7 @@ struct Variant {
 };
 
 // Updates `size` elements. Returns the zeros if they are counted. The arrays are parameters, as
-// that is where GCC believes __restrict.
+// that is where GCC believes __restrict; `weight` counts with a master only.
 template <typename T, typename V>
 inline __attribute__((always_inline)) int64_t
 update_each(const Coefficients<typename T::Compute>& c, typename T::Param* __restrict param,
@@ -64,7 +55,7 @@ update_each(const Coefficients<typename T::Compute>& c, typename T::Param* __res
 
 template <typename T, typename V>
 inline __attribute__((always_inline)) int64_t update_each(
-    const Coefficients<typename T::Compute>& c, const Arrays<T>& at, int64_t begin, int64_t size) {
+    const Coefficients<typename T::Compute>& c, const Piece<T>& at, int64_t begin, int64_t size) {
   return update_each<T, V>(c, at.param + begin, at.grad + begin, at.momentum + begin,
                            at.weight + begin, size);
 }
@@ -77,7 +68,7 @@ constexpr int64_t kLine = 64 / sizeof(typename T::Weight);
 // a sixth of the bandwidth unused, and lines that nobody reads again soon need not pass through the
 // outer caches (bench/NOTES.md). Asking past the end is harmless.
 template <typename T, typename V>
-inline __attribute__((always_inline)) void prefetch_for(const Arrays<T>& at, int64_t i) {
+inline __attribute__((always_inline)) void prefetch_for(const Piece<T>& at, int64_t i) {
   const int64_t ahead = i + 8 * kLine<T>;
   __builtin_prefetch(at.param + ahead, 0, 0);
   __builtin_prefetch(at.grad + ahead, 0, 0);
@@ -90,14 +81,9 @@ inline __attribute__((always_inline)) void prefetch_for(const Arrays<T>& at, int
 // Updates as many elements from i on as Floats holds.
 template <typename T, typename V>
 inline __attribute__((always_inline)) void update_lanes(const Coefficients<Floats>& c,
-                                                        const Arrays<T>& at, int64_t i,
+                                                        const Piece<T>& at, int64_t i,
                                                         __m256i& minus_zeros) {
-  Floats p;
-  if constexpr (T::has_master) {
-    p = load_lanes(at.weight + i);
-  } else {
-    p = load_lanes(at.param + i);
-  }
+  Floats p = load_lanes(at.weight + i);
   Floats m(0.0f);
   if (V::kMode == Momentum::running) m = load_lanes(at.momentum + i);
   update(c, V::kMode, V::kSteps, p, load_lanes(at.grad + i), m);
@@ -108,8 +94,9 @@ inline __attribute__((always_inline)) void update_lanes(const Coefficients<Float
   if (V::kCounts) minus_zeros = _mm256_add_epi32(minus_zeros, stored.minus_zeros());
 }
 
+// The zeros of a range, a chunk at the most, are counted in 32 bits.
 template <typename T, typename V>
-int64_t update_floats(const Coefficients<float>& coefficients, const Arrays<T>& at, int64_t begin,
+int64_t update_floats(const Coefficients<float>& coefficients, const Piece<T>& at, int64_t begin,
                       int64_t end) {
   const Coefficients<Floats> c = spread(coefficients);
   __m256i minus_zeros = _mm256_setzero_si256();
@@ -137,10 +124,7 @@ int64_t update_range(const Operands& operands, const void* coefficients, int64_t
                      int64_t end) {
   using C = typename T::Compute;
   const auto c = *static_cast<const Coefficients<C>*>(coefficients);
-  const Arrays<T> at{static_cast<typename T::Param*>(operands.param),
-                     static_cast<const typename T::Grad*>(operands.grad),
-                     static_cast<typename T::Momentum*>(operands.momentum),
-                     static_cast<typename T::Weight*>(operands.master)};
+  const auto at = piece_from<T>(operands, 0);
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<C, float>) return update_floats<T, V>(c, at, begin, end);
 #endif

@@ -6,8 +6,8 @@
 
 namespace prox_sgd::cpu {
 
-// Updates elements [begin, end) of one parameter. Returns how many of them are zero then, if the
-// kernel counts; 0 else, or that number too.
+// Updates elements [begin, end) of one parameter. Returns how many of them are zero then if it was
+// asked for with `counts`, and else what nobody should use.
 using Kernel = int64_t (*)(const Operands& operands, const void* coefficients, int64_t begin,
                            int64_t end);
 

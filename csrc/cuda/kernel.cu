@@ -89,19 +89,9 @@ __device__ __forceinline__ void write(T* to, const Pack<T, 8>& pack) {
          make_uint4(join(v[0], v[1]), join(v[2], v[3]), join(v[4], v[5]), join(v[6], v[7])));
 }
 
-// The piece of a parameter that a block works on. A block's piece is short, so that offsets in it
-// are 32-bit while addresses and sizes are 64-bit. `weight` is what is updated: the master, or the
-// parameter itself.
-template <typename T>
-struct Piece {
-  typename T::Param* param;
-  const typename T::Grad* grad;
-  typename T::Momentum* momentum;
-  typename T::Weight* weight;
-};
-
 // Updates kCount packs of N elements, `stride` elements apart; returns how many are zero then. All
-// loads come before the first use.
+// loads come before the first use. A block's piece is short, so that offsets in it are 32-bit while
+// addresses and sizes are 64-bit.
 template <typename T, int N, int kCount>
 __device__ __forceinline__ int update_packs(const Coefficients<typename T::Compute>& c,
                                             const Piece<T>& t, int at, int stride) {
@@ -226,14 +216,7 @@ __device__ __forceinline__ void update_block(const Parameters<typename T::Comput
     const int64_t next = min(entry.first_unit + entry_units, stop);
     const int64_t begin = (unit - entry.first_unit) * N;
     const int64_t end = min((next - entry.first_unit) * N, o.numel);
-    Piece<T> piece{static_cast<typename T::Param*>(o.param) + begin,
-                   static_cast<const typename T::Grad*>(o.grad) + begin,
-                   static_cast<typename T::Momentum*>(o.momentum) + begin, nullptr};
-    if constexpr (T::has_master) {
-      piece.weight = static_cast<typename T::Weight*>(o.master) + begin;
-    } else {
-      piece.weight = piece.param;
-    }
+    const auto piece = piece_from<T>(o, begin);
     const int size = static_cast<int>(end - begin);
     const bool vectors = aligned<N>(piece.param) && aligned<N>(piece.grad) &&
                          aligned<N>(piece.momentum) && aligned<N>(piece.weight);
