@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import repeat
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -576,114 +578,219 @@ _COMPUTE_DTYPE = {
 
 # Elements that the pure update works on at a time on a CPU, so that what one operation leaves is
 # still in the cache when the next one reads it (bench/NOTES.md).
-_BATCH = 1 << 18
+_PIECE = 1 << 18
 
 
 @torch.no_grad()
 def _update_(bucket: Bucket, h: Hyperparameters) -> None:
     """The update in pure PyTorch."""
-    for batch in _batches(bucket):
-        params, grads, momenta, masters, first, *_ = batch
-        # What is stored in another type is widened, and rounded once when it is stored again.
+    rooms = _Rooms()
+    coefficients: dict[torch.dtype, _Coefficients] = {}
+    elsewhere = []
+    for i, param in enumerate(bucket.params):
+        if not param.is_cpu:
+            elsewhere.append(i)
+            continue
+        dtype = _COMPUTE_DTYPE[param.dtype]
+        if dtype not in coefficients:
+            coefficients[dtype] = _coefficients(h, dtype)
+        for p, g, m, master in _pieces(*bucket.of(i)):
+            _update_piece_(p, g, m, master, coefficients[dtype], dtype, bucket.first, rooms)
+    if elsewhere:
+        _update_each_(bucket.pick(elsewhere), h)
+    if bucket.zeros is not None:
+        _count_zeros(bucket.params, bucket.zeros)
+
+
+def _update_piece_(
+    param: Tensor,
+    grad: Tensor,
+    momentum: Tensor | None,
+    master: Tensor | None,
+    c: _Coefficients,
+    dtype: torch.dtype,
+    first: bool,
+    rooms: _Rooms,
+) -> None:
+    """The update of a piece of a parameter on a CPU, one operation after another."""
+    weight = param if master is None else master
+    # What is stored in another type is widened, and rounded once when it is stored again.
+    p = rooms.widened("p", weight, dtype)
+    g = rooms.widened("g", grad, dtype)
+    m = None if momentum is None else rooms.widened("m", momentum, dtype)
+    _update_in_(_ONE, p, g, m, c, first, rooms.like("between", p, dtype))
+    if p is not weight:
+        weight.copy_(p)
+    if momentum is not None and m is not None and m is not momentum:
+        momentum.copy_(m)
+    if master is not None:
+        param.copy_(p)
+
+
+def _update_each_(bucket: Bucket, h: Hyperparameters) -> None:
+    """The update of whole lists, each operation on all tensors before the next: for GPUs."""
+    kinds: dict[torch.dtype, list[int]] = {}
+    for i, param in enumerate(bucket.params):
+        kinds.setdefault(_COMPUTE_DTYPE[param.dtype], []).append(i)
+    for dtype, members in kinds.items():
+        params, grads, momenta, masters, first, *_ = bucket.pick(members)
         weights = params if masters is None else masters
-        dtype = _COMPUTE_DTYPE[weights[0].dtype]
         p = [t.to(dtype) for t in weights]
         m = [t.to(dtype) for t in momenta or ()]
-        _update_in_(dtype, p, [t.to(dtype) for t in grads], m, h, first)
+        g = [t.to(dtype) for t in grads]
+        _update_in_(_EACH, p, g, m, _coefficients(h, dtype), first, None)
         targets = [(weights, p), (momenta or (), m)] + ([(params, p)] if masters else [])
         for stored, values in targets:
             for to, value in zip(stored, values, strict=True):
                 if to is not value:
                     to.copy_(value)
-    if bucket.zeros is not None:
-        _count_zeros(bucket.params, bucket.zeros)
 
 
-def _batches(bucket: Bucket) -> Iterator[Bucket]:
-    """Cuts a bucket into ones of one compute type and, on a CPU, of at most _BATCH elements."""
-    batches: dict[torch.dtype, list[tuple[Tensor | None, ...]]] = {}
-    sizes: dict[torch.dtype, int] = {}
+class _Rooms:
+    """Memory on a CPU for what is between two operations, the same for all pieces of a step.
 
-    def emit(rows: list[tuple[Tensor | None, ...]]) -> Bucket:
-        columns: list[Any] = [
-            None if column[0] is None else list(column) for column in zip(*rows, strict=True)
-        ]
-        params, grads, momenta, masters = columns
-        return Bucket(params, grads, momenta, masters, bucket.first)
+    New memory for each piece would be given back to the operating system and taken from it each
+    time, which clears it page by page: that took as long as the arithmetic (bench/NOTES.md).
+    """
 
-    for i, param in enumerate(bucket.params):
-        dtype = _COMPUTE_DTYPE[param.dtype]
-        for row in _pieces(bucket.of(i)):
-            size = row[0].numel() if param.device.type == "cpu" else 0
-            if batches.get(dtype) and sizes[dtype] + size > _BATCH:
-                yield emit(batches.pop(dtype))
-            if dtype not in batches:
-                batches[dtype], sizes[dtype] = [], 0
-            batches[dtype].append(row)
-            sizes[dtype] += size
-    for rows in batches.values():
-        yield emit(rows)
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def like(self, use: str, model: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of the model's shape, for one use at a time."""
+        size = model.numel()
+        memory = self._memory.get((use, dtype))
+        if memory is None or memory.numel() < size:
+            memory = self._memory[use, dtype] = torch.empty(max(size, _PIECE), dtype=dtype)
+        shape = model.shape
+        if len(shape) == 1:
+            return memory if memory.numel() == size else memory[:size]
+        if len(shape) == 4 and model.is_contiguous(memory_format=torch.channels_last):
+            return memory.as_strided(shape, model.stride())
+        return memory[:size].view(shape)
+
+    def widened(self, use: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor in another dtype; itself where it has it."""
+        return tensor if tensor.dtype is dtype else self.like(use, tensor, dtype).copy_(tensor)
 
 
-def _pieces(row: tuple[Tensor, Tensor, Tensor | None, Tensor | None]) -> Iterable[Any]:
-    """A parameter with its tensors, cut to batches where it is larger and laid out for that."""
-    param = row[0]
-    if param.device.type != "cpu" or param.numel() <= _BATCH:
-        return (row,)
-    tensors = [t for t in row if t is not None]
-    if all(t.is_contiguous() for t in tensors):
-        flat = [None if t is None else t.detach().view(-1) for t in row]
-    elif param.dim() == 4 and all(
-        t.is_contiguous(memory_format=torch.channels_last) for t in tensors
+def _pieces(*tensors: Tensor | None) -> Iterable[Any]:
+    """A parameter with what belongs to it, cut to pieces if it is large and laid out for that."""
+    given = [t for t in tensors if t is not None]
+    size = given[0].numel()
+    if size <= _PIECE:
+        return (tensors,)
+    if all(t.is_contiguous() for t in given):
+        flat = [None if t is None else t.detach().view(-1) for t in tensors]
+    elif given[0].dim() == 4 and all(
+        t.is_contiguous(memory_format=torch.channels_last) for t in given
     ):
-        flat = [None if t is None else t.detach().permute(0, 2, 3, 1).view(-1) for t in row]
+        flat = [None if t is None else t.detach().permute(0, 2, 3, 1).view(-1) for t in tensors]
     else:
-        return (row,)
-    count = -(-param.numel() // _BATCH)
-    return zip(
-        *([None] * count if t is None else torch.split(t, _BATCH) for t in flat), strict=True
+        return (tensors,)
+    return zip(*(repeat(None) if t is None else torch.split(t, _PIECE) for t in flat), strict=False)
+
+
+# The operations of the update: on one tensor, with ``out`` for what isn't stored, and on lists.
+_ONE = SimpleNamespace(
+    neg=torch.neg,
+    mul=torch.mul,
+    add=torch.add,
+    clamp=torch.clamp,
+    equal=torch.eq,
+    copy_=Tensor.copy_,
+    mul_=Tensor.mul_,
+    add_=Tensor.add_,
+    sub_=Tensor.sub_,
+    masked_fill_=Tensor.masked_fill_,
+)
+
+
+def _clamp_each(tensors: list[Tensor], low: float, high: float, out: None) -> list[Tensor]:
+    clamped = list(torch._foreach_clamp_min(tensors, low))
+    torch._foreach_clamp_max_(clamped, high)
+    return clamped
+
+
+def _masked_fill_each_(tensors: list[Tensor], masks: list[Tensor], value: float) -> None:
+    for tensor, mask in zip(tensors, masks, strict=True):
+        tensor.masked_fill_(mask, value)
+
+
+_EACH = SimpleNamespace(
+    neg=lambda a, out: torch._foreach_neg(a),
+    mul=lambda a, b, out: torch._foreach_mul(a, b),
+    add=lambda a, b, alpha, out: torch._foreach_add(a, b, alpha=alpha),
+    clamp=_clamp_each,
+    equal=lambda a, b: [t == b for t in a],
+    copy_=torch._foreach_copy_,
+    mul_=torch._foreach_mul_,
+    add_=torch._foreach_add_,
+    sub_=torch._foreach_sub_,
+    masked_fill_=_masked_fill_each_,
+)
+
+
+class _Coefficients(NamedTuple):
+    """What the update multiplies and compares with."""
+
+    factor: float
+    weight_decay: float
+    momentum: float
+    dampening: float
+    nesterov: bool
+    maximize: bool
+    lr: float
+    threshold: float
+    shrinkage: float
+    frozen_zeros: bool
+
+
+def _coefficients(h: Hyperparameters, dtype: torch.dtype) -> _Coefficients:
+    k = h.gain
+    return _Coefficients(
+        factor=_rounded(_rounded(1 / h.grad_scale, dtype) * h.grad_coefficient, dtype),
+        weight_decay=0.0 if h.proximal else h.weight_decay,
+        momentum=h.momentum,
+        dampening=h.dampening,
+        nesterov=h.nesterov,
+        maximize=h.maximize,
+        lr=h.lr,
+        threshold=0.0 if h.frozen_zeros else _rounded(h.lr * (h.l1 * k), dtype),
+        shrinkage=1 / (1 + h.lr * (h.weight_decay * k)) if h.proximal else 1.0,
+        frozen_zeros=h.frozen_zeros,
     )
 
 
 def _update_in_(
-    dtype: torch.dtype,
-    p: list[Tensor],
-    g: list[Tensor],
-    m: list[Tensor],
-    h: Hyperparameters,
-    first: bool,
+    ops: SimpleNamespace, p: Any, g: Any, m: Any, c: _Coefficients, first: bool, room: Tensor | None
 ) -> None:
-    """The update on tensors of the compute type. ``add(alpha=)`` rounds once: it is an fma."""
-    k = h.gain
-    threshold = 0.0 if h.frozen_zeros else _rounded(h.lr * (h.l1 * k), dtype)
-    factor = _rounded(_rounded(1 / h.grad_scale, dtype) * h.grad_coefficient, dtype)
-    frozen = [t == 0 for t in p] if h.frozen_zeros else []
-    d = torch._foreach_neg(g) if h.maximize else g
-    if factor != 1:
-        d = torch._foreach_mul(d, factor)
-    if h.weight_decay != 0 and not h.proximal:
-        d = torch._foreach_add(d, p, alpha=h.weight_decay)
+    """The update in the compute type. ``add(alpha=)`` rounds once: it is an fma.
+
+    With ``_ONE``, p, g and m are tensors, and ``room`` takes what isn't stored; with ``_EACH`` they
+    are lists, and it is allocated.
+    """
+    frozen = ops.equal(p, 0) if c.frozen_zeros else None
+    d = ops.neg(g, out=room) if c.maximize else g
+    if c.factor != 1:
+        d = ops.mul(d, c.factor, out=room)
+    if c.weight_decay != 0:
+        d = ops.add(d, p, alpha=c.weight_decay, out=room)
     s = d
-    if m:
+    if c.momentum != 0:
         if first:
-            torch._foreach_copy_(m, d)
+            ops.copy_(m, d)
         else:
-            torch._foreach_mul_(m, h.momentum)
-            torch._foreach_add_(m, d, alpha=1 - h.dampening)
-        s = torch._foreach_add(d, m, alpha=h.momentum) if h.nesterov else m
-    torch._foreach_add_(p, s, alpha=-h.lr)
-    if threshold != 0:
-        if p[0].device.type == "cpu":
-            # There _foreach operations are loops themselves, and this is one pass instead of two.
-            inside = [torch.clamp(t, -threshold, threshold) for t in p]
-        else:
-            inside = list(torch._foreach_clamp_min(p, -threshold))
-            torch._foreach_clamp_max_(inside, threshold)
-        torch._foreach_sub_(p, inside)
-    if h.weight_decay != 0 and h.proximal:
-        torch._foreach_mul_(p, 1 / (1 + h.lr * (h.weight_decay * k)))
-    for values, zero in zip(p, frozen, strict=False):
-        values.masked_fill_(zero, 0)
+            ops.mul_(m, c.momentum)
+            ops.add_(m, d, alpha=1 - c.dampening)
+        s = ops.add(d, m, alpha=c.momentum, out=room) if c.nesterov else m
+    ops.add_(p, s, alpha=-c.lr)
+    if c.threshold != 0:
+        ops.sub_(p, ops.clamp(p, -c.threshold, c.threshold, out=room))
+    if c.shrinkage != 1:
+        ops.mul_(p, c.shrinkage)
+    if frozen is not None:
+        ops.masked_fill_(p, frozen, 0)
 
 
 def _count_zeros(params: Sequence[Tensor], counters: Tensor) -> None:

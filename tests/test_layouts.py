@@ -393,3 +393,32 @@ def test_a_tensor_that_pure_pytorch_cuts_in_pieces(dtype, format):
         results.append([*params, *(optimizer.state[p]["momentum_buffer"] for p in params)])
     for native, pure in zip(*results, strict=True):
         assert_same(native, pure)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nesterov": True, "maximize": True},
+        {"momentum": 0.0, "l2_mode": "proximal"},
+        {"momentum_dtype": torch.bfloat16, "dampening": 0.5},
+    ],
+    ids=str,
+)
+def test_large_tensors_that_pure_pytorch_cannot_cut(options):
+    """Transposed, or a gradient of another layout than the parameter; a small one after them."""
+    results = []
+    for fused in (None, False):
+        params = [
+            nn.Parameter(randn((601, 613), 0).t()),
+            nn.Parameter(randn((260, 120, 3, 3), 1).to(memory_format=torch.channels_last)),
+            nn.Parameter(randn((7, 5, 3, 3), 2).to(memory_format=torch.channels_last)),
+        ]
+        optimizer = ProxSGD(params, **{**OPTIONS, **options}, fused=fused)
+        for step in range(3):
+            for i, p in enumerate(params):
+                p.grad = randn(p.shape, 10 * step + i)  # contiguous, unlike any of the parameters
+            optimizer.step(grad_coefficient=0.75)
+        results.append([*params, *(s["momentum_buffer"] for s in optimizer.state.values() if s)])
+    assert (results[0][0] == 0).any()
+    for native, pure in zip(*results, strict=True):
+        assert_same(native, pure)
