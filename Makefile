@@ -43,8 +43,7 @@ test-older: .venv-older/.ready
 test-python-reader: .venv/.ready
 	$(BOTH_CORES) RESNET_REG_EXT_TEST_NO_EXCHANGE_API=1 \
 		$(BIN)/pytest -q $(IN_TWO) $(addprefix tests/test_,$(addsuffix .py,$(READER_TESTS)))
-READER_TESTS := against_sgd checkpoints functional layouts precision prox_sgd refusals sparsity \
-	threads_and_simd
+READER_TESTS := checkpoints functional layouts precision prox_sgd refusals sparsity threads_and_simd
 
 # The CPU core built with AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitized
