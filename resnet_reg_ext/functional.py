@@ -415,7 +415,7 @@ def prepare_prox_sgd(
 
     if not native:
         for i in range(len(bucket.params)):
-            check_operands(*bucket.of(i), name(i))
+            check_operands(*bucket.of(i), partial(name, i))
         return lambda: _update_(bucket, h)
 
     if not misfits:
@@ -431,7 +431,7 @@ def prepare_prox_sgd(
     relaid: list[int] = []
     for misfit in misfits:
         i = misfit.position
-        check_operands(*bucket.of(i), name(i))
+        check_operands(*bucket.of(i), partial(name, i))
         if misfit.layout_only:
             relaid.append(i)
             continue
@@ -504,40 +504,44 @@ def _like(tensor: Tensor, model: Tensor) -> Tensor:
 
 
 def check_operands(
-    param: Tensor, grad: Tensor, momentum: Tensor | None, master: Tensor | None, name: str
+    param: Tensor,
+    grad: Tensor,
+    momentum: Tensor | None,
+    master: Tensor | None,
+    name: Callable[[], str],
 ) -> None:
-    """Refuses what no backend can update.
+    """Refuses what no backend can update. ``name`` gives the parameter's, for an error.
 
     Raises:
         ValueError: names the parameter and what is wrong with it.
     """
     if param.is_complex() or grad.is_complex():
-        raise ValueError(f"{name}: complex parameters and gradients are not supported")
+        raise ValueError(f"{name()}: complex parameters and gradients are not supported")
     if param.layout is not torch.strided:
-        raise ValueError(f"{name}: the parameter's layout is {param.layout}: must be strided")
+        raise ValueError(f"{name()}: the parameter's layout is {param.layout}: must be strided")
     if any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(
-            f"{name}: the parameter overlaps itself in memory (shape {tuple(param.shape)}, strides "
-            f"{param.stride()}): must have a place for each element"
+            f"{name()}: the parameter overlaps itself in memory (shape {tuple(param.shape)}, "
+            f"strides {param.stride()}): must have a place for each element"
         )
     if grad.layout is not torch.strided:
         raise ValueError(
-            f"{name}: the gradient is sparse ({grad.layout}): sparse gradients are not supported"
+            f"{name()}: the gradient is sparse ({grad.layout}): sparse gradients are not supported"
         )
     if param.dtype not in _COMPUTE_DTYPE:
         raise ValueError(
-            f"{name}: its dtype is {param.dtype}: must be float32, float64, bfloat16 or float16"
+            f"{name()}: its dtype is {param.dtype}: must be float32, float64, bfloat16 or float16"
         )
     if not grad.is_floating_point():
-        raise ValueError(f"{name}: the gradient's dtype is {grad.dtype}: must be floating-point")
+        raise ValueError(f"{name()}: the gradient's dtype is {grad.dtype}: must be floating-point")
     if grad.shape != param.shape:
         raise ValueError(
-            f"{name}: the gradient's shape is {tuple(grad.shape)}: must be the parameter's, "
+            f"{name()}: the gradient's shape is {tuple(grad.shape)}: must be the parameter's, "
             f"{tuple(param.shape)}"
         )
     if grad.device != param.device:
         raise ValueError(
-            f"{name}: the gradient is on {grad.device}: must be where the parameter is, "
+            f"{name()}: the gradient is on {grad.device}: must be where the parameter is, "
             f"on {param.device}"
         )
     if momentum is not None:
@@ -546,27 +550,28 @@ def check_operands(
         check_state(param, master, "master_weight", name)
 
 
-def check_state(param: Tensor, value: Any, key: str, name: str) -> None:
+def check_state(param: Tensor, value: Any, key: str, name: Callable[[], str]) -> None:
     """Refuses a state tensor that isn't the parameter's.
 
     Raises:
         ValueError: names the parameter, the state's key and what is wrong with it.
     """
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: {key} is {value!r}: must be a tensor")
+        raise ValueError(f"{name()}: {key} is {value!r}: must be a tensor")
     if value.is_neg():
-        raise ValueError(f"{name}: {key} is a lazily negated view: call resolve_neg()")
+        raise ValueError(f"{name()}: {key} is a lazily negated view: call resolve_neg()")
     if value.shape != param.shape:
         raise ValueError(
-            f"{name}: {key}'s shape is {tuple(value.shape)}: must be the parameter's, "
+            f"{name()}: {key}'s shape is {tuple(value.shape)}: must be the parameter's, "
             f"{tuple(param.shape)}"
         )
     if value.device != param.device:
         raise ValueError(
-            f"{name}: {key} is on {value.device}: must be where the parameter is, on {param.device}"
+            f"{name()}: {key} is on {value.device}: must be where the parameter is, "
+            f"on {param.device}"
         )
     if not value.is_floating_point():
-        raise ValueError(f"{name}: {key}'s dtype is {value.dtype}: must be floating-point")
+        raise ValueError(f"{name()}: {key}'s dtype is {value.dtype}: must be floating-point")
 
 
 _COMPUTE_DTYPE = {
@@ -579,6 +584,8 @@ _COMPUTE_DTYPE = {
 # Elements that the pure update works on at a time on a CPU, so that what one operation leaves is
 # still in the cache when the next one reads it (bench/NOTES.md).
 _PIECE = 1 << 18
+# Where calling an operation takes longer than the operation: those are called for lists.
+_SMALL = 1 << 12
 
 
 @torch.no_grad()
@@ -586,18 +593,24 @@ def _update_(bucket: Bucket, h: Hyperparameters) -> None:
     """The update in pure PyTorch."""
     rooms = _Rooms()
     coefficients: dict[torch.dtype, _Coefficients] = {}
-    elsewhere = []
+    together: list[int] = []
+    elements = 0
     for i, param in enumerate(bucket.params):
-        if not param.is_cpu:
-            elsewhere.append(i)
+        size = param.numel()
+        if param.is_cpu and size > _SMALL:
+            dtype = _COMPUTE_DTYPE[param.dtype]
+            if dtype not in coefficients:
+                coefficients[dtype] = _coefficients(h, dtype)
+            for p, g, m, master in _pieces(*bucket.of(i)):
+                _update_piece_(p, g, m, master, coefficients[dtype], dtype, bucket.first, rooms)
             continue
-        dtype = _COMPUTE_DTYPE[param.dtype]
-        if dtype not in coefficients:
-            coefficients[dtype] = _coefficients(h, dtype)
-        for p, g, m, master in _pieces(*bucket.of(i)):
-            _update_piece_(p, g, m, master, coefficients[dtype], dtype, bucket.first, rooms)
-    if elsewhere:
-        _update_each_(bucket.pick(elsewhere), h)
+        if param.is_cpu and elements + size > _PIECE:
+            _update_each_(bucket.pick(together), h)
+            together, elements = [], 0
+        together.append(i)
+        elements += size if param.is_cpu else 0
+    if together:
+        _update_each_(bucket.pick(together), h)
     if bucket.zeros is not None:
         _count_zeros(bucket.params, bucket.zeros)
 
@@ -628,7 +641,7 @@ def _update_piece_(
 
 
 def _update_each_(bucket: Bucket, h: Hyperparameters) -> None:
-    """The update of whole lists, each operation on all tensors before the next: for GPUs."""
+    """The update of lists, each operation on all tensors before the next."""
     kinds: dict[torch.dtype, list[int]] = {}
     for i, param in enumerate(bucket.params):
         kinds.setdefault(_COMPUTE_DTYPE[param.dtype], []).append(i)

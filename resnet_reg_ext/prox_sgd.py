@@ -218,7 +218,7 @@ class ProxSGD(Optimizer):
                 of_param = state["state"].get(param, {})
                 for key, value in of_param.items():
                     if key in _STATE_KEYS and value is not None:
-                        check_state(param, value, key, _name(group, index, i))
+                        check_state(param, value, key, partial(_name, group, index, i))
                         _distributed.check_alike(param, value, key, _name(group, index, i))
         super().__setstate__(state)
         self._prepare_for_compiling()

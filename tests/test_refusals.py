@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_reg_ext import ProxSGD
+from resnet_reg_ext import ProxSGD, functional
 from resnet_reg_ext.functional import prox_sgd_
 
 BAD_OPTIONS = [
@@ -378,3 +378,19 @@ def test_a_number_too_large_for_the_compute_type(key):
         else:
             outcomes.append(str((p, m)))
     assert outcomes == outcomes[:1] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fitting", "misfits"])
+@pytest.mark.parametrize("fused", [None, False])
+def test_parameters_are_named_for_errors_only(fused, dtype):
+    """Looking one up takes time that grows with the group: for each, the square of that."""
+    params = [torch.ones(3), torch.ones(3)]
+    grads = [torch.ones(3, dtype=dtype) for _ in params]
+
+    def name(index):
+        raise AssertionError("no error to name a parameter in")
+
+    h = functional.hyperparameters(ProxSGD([torch.ones(1)], fused=fused).param_groups[0])
+    bucket = functional.Bucket(params, grads, [torch.ones(3) for _ in params], None, False)
+    functional.prepare_prox_sgd(bucket, h, fused, name)()
+    assert all((p != 1).all() for p in params)
