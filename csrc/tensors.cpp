@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace prox_sgd {
 
@@ -84,10 +86,9 @@ const char* describe(Unfit reason) {
   }
 }
 
-// What is read of one tensor. The arrays are torch's own with the exchange API, and `own` without.
+// What is read of one tensor.
 struct TensorReader::View {
   dlpack::Tensor tensor;
-  std::array<int64_t, 2 * kMostDims> own;
 
   int64_t numel() const {
     int64_t n = 1;
@@ -150,7 +151,7 @@ struct TensorReader::View {
 namespace {
 
 OwnedObject share(PyObject* object) {
-  Py_INCREF(object);
+  Py_XINCREF(object);
   return OwnedObject(object);
 }
 
@@ -167,6 +168,20 @@ TensorReader::TensorReader(PyObject* exchange_api, PyObject* describe, PyObject*
       momentum_name_(PyUnicode_InternFromString("momentum_buffer")),
       master_name_(PyUnicode_InternFromString("master_weight")) {
   if (!grad_name_ || !momentum_name_ || !master_name_) throw std::bad_alloc();
+  // The types are those two exactly, so what a look-up by name would find is known beforehand.
+  const OwnedObject of_tensor(PyObject_GetAttr(tensor_type, grad_name_.get()));
+  const OwnedObject of_parameter(PyObject_GetAttr(parameter_type, grad_name_.get()));
+  PyErr_Clear();
+  if (of_tensor.get() == of_parameter.get() && of_tensor &&
+      Py_TYPE(of_tensor.get()) == &PyGetSetDescr_Type) {
+    const auto* descriptor = reinterpret_cast<PyGetSetDescrObject*>(of_tensor.get());
+    get_grad_ = descriptor->d_getset->get;
+    get_grad_with_ = descriptor->d_getset->closure;
+  }
+  if (Py_TYPE(is_neg) == &PyMethodDescr_Type) {
+    const PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(is_neg)->d_method;
+    if (method->ml_flags == METH_NOARGS) call_is_neg_ = method->ml_meth;
+  }
   if (exchange_api == Py_None) return;
   const void* table = PyCapsule_GetPointer(exchange_api, "dlpack_exchange_api");
   if (table == nullptr) {
@@ -188,7 +203,15 @@ bool TensorReader::plain(PyObject* tensor) const {
   return type == tensor_type_.get() || type == parameter_type_.get();
 }
 
-bool TensorReader::view(PyObject* tensor, View* out) const {
+PyObject* TensorReader::grad_of(PyObject* param) const {
+  return get_grad_ ? get_grad_(param, get_grad_with_) : PyObject_GetAttr(param, grad_name_.get());
+}
+
+PyObject* TensorReader::negated(PyObject* tensor) const {
+  return call_is_neg_ ? call_is_neg_(tensor, nullptr) : PyObject_CallOneArg(is_neg_.get(), tensor);
+}
+
+bool TensorReader::view(PyObject* tensor, View* out, Dims* kept) const {
   dlpack::Tensor& t = out->tensor;
   if (api_ != nullptr) {
     if (api_->dltensor_from_py_object_no_sync(tensor, &t) != 0) {
@@ -197,8 +220,8 @@ bool TensorReader::view(PyObject* tensor, View* out) const {
     }
     return t.ndim <= kMostDims;
   }
-  PyObject* description = PyObject_CallOneArg(describe_.get(), tensor);
-  if (description == nullptr) {
+  const OwnedObject description(PyObject_CallOneArg(describe_.get(), tensor));
+  if (!description) {
     PyErr_Clear();
     return false;
   }
@@ -207,7 +230,7 @@ bool TensorReader::view(PyObject* tensor, View* out) const {
   int bits = 0;
   PyObject* shape = nullptr;
   PyObject* strides = nullptr;
-  bool good = PyArg_ParseTuple(description, "KiiiiOO", &address, &t.device.device_type,
+  bool good = PyArg_ParseTuple(description.get(), "KiiiiOO", &address, &t.device.device_type,
                                &t.device.device_id, &code, &bits, &shape, &strides) &&
               PyTuple_Check(shape) && PyTuple_Check(strides) &&
               PyTuple_GET_SIZE(shape) == PyTuple_GET_SIZE(strides) &&
@@ -217,8 +240,9 @@ bool TensorReader::view(PyObject* tensor, View* out) const {
     t.dtype = {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1};
     t.byte_offset = 0;
     t.ndim = static_cast<int32_t>(PyTuple_GET_SIZE(shape));
-    t.shape = out->own.data();
-    t.strides = out->own.data() + kMostDims;
+    std::vector<int64_t>& dims = kept->emplace_back(2 * static_cast<size_t>(t.ndim));
+    t.shape = dims.data();
+    t.strides = dims.data() + t.ndim;
     for (int32_t i = 0; i < t.ndim; ++i) {
       t.shape[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
       t.strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
@@ -226,82 +250,24 @@ bool TensorReader::view(PyObject* tensor, View* out) const {
     good = PyErr_Occurred() == nullptr;
   }
   PyErr_Clear();
-  Py_DECREF(description);
   return good;
 }
 
-Unfit TensorReader::check(PyObject* param, PyObject* grad, PyObject* momentum, PyObject* master,
-                          Bucket* key, Operands* out) const {
-  // The parameter first; the others are compared with it.
-  PyObject* const tensors[] = {param, grad, momentum, master};
-  View views[4];
-  DType dtypes[4];
-  for (int i = 0; i < 4; ++i) {
-    if (tensors[i] != nullptr && !plain(tensors[i])) return Unfit::type;
-  }
-  PyObject* negated = PyObject_CallOneArg(is_neg_.get(), grad);
-  Py_XDECREF(negated);  // what Python knows as True and False outlives us
-  if (negated == nullptr) PyErr_Clear();
-  if (negated != Py_False) return negated == Py_True ? Unfit::negated : Unfit::unreadable;
-  for (int i = 0; i < 4; ++i) {
-    if (tensors[i] != nullptr && !view(tensors[i], &views[i])) return Unfit::unreadable;
-  }
-  const View& p = views[0];
-  const dlpack::Device device = p.tensor.device;
-  if (device.device_type != dlpack::kCPU && device.device_type != dlpack::kCUDA) {
-    return Unfit::device;
-  }
-  if (!our_dtype(p.tensor.dtype, &dtypes[0])) return Unfit::dtype;
-  bool same_layout = true;
-  bool readable = p.tensor.data != nullptr;
-  for (int i = 1; i < 4; ++i) {
-    if (tensors[i] == nullptr) continue;
-    const View& v = views[i];
-    if (!our_dtype(v.tensor.dtype, &dtypes[i]) || !p.same_device(v) || !p.same_shape(v)) {
-      return Unfit::mixed;
-    }
-    same_layout = same_layout && p.same_layout(v);
-    readable = readable && v.tensor.data != nullptr;
-  }
-  if (!kind_of(dtypes[0], dtypes[1], momentum ? &dtypes[2] : nullptr, master ? &dtypes[3] : nullptr,
-               &key->kind)) {
-    return Unfit::mixed;
-  }
-  key->device_type = device.device_type;
-  key->device_id = device.device_id;
-  const int64_t numel = p.numel();
-  *out = {p.data(),
-          views[1].data(),
-          momentum ? views[2].data() : nullptr,
-          master ? views[3].data() : nullptr,
-          numel,
-          nullptr};
-  if (numel == 0) return Unfit::fit;
-  if (!p.dense()) return Unfit::not_dense;
-  if (!same_layout) return Unfit::layout;
-  if (!readable) return Unfit::unreadable;
-  if (device.device_type == dlpack::kCUDA && cuda::why_unusable(device.device_id)[0] != '\0') {
-    return Unfit::no_cuda;
-  }
-  return Unfit::fit;
-}
-
-namespace {
-
 // Puts operands into the bucket of their device and kind, which mostly is the one used last.
-class Sorter {
+class TensorReader::Sorter {
  public:
   Sorter(std::vector<Bucket>* buckets, Py_ssize_t count) : buckets_(buckets), count_(count) {}
 
-  void add(const Bucket& key, const Operands& operands) {
+  void add(const dlpack::Device& device, Kind kind, const Operands& operands) {
     const auto belongs = [&](const Bucket& b) {
-      return b.kind == key.kind && b.device_type == key.device_type && b.device_id == key.device_id;
+      return b.kind == kind && b.device_type == device.device_type &&
+             b.device_id == device.device_id;
     };
     if (last_ >= buckets_->size() || !belongs((*buckets_)[last_])) {
       const auto found = std::find_if(buckets_->begin(), buckets_->end(), belongs);
       last_ = static_cast<size_t>(found - buckets_->begin());
       if (found == buckets_->end()) {
-        buckets_->push_back(key);
+        buckets_->push_back({device.device_type, device.device_id, kind, {}});
         buckets_->back().operands.reserve(static_cast<size_t>(count_));
       }
     }
@@ -314,7 +280,158 @@ class Sorter {
   size_t last_ = 0;
 };
 
+namespace {
+
+// Asks for the lines of a tensor that is read soon: in a training step, which has been through
+// hundreds of megabytes since the last time, none is in the caches. What is asked for is the Python
+// object and, where it is closer, what its first word points to, which with torch is the tensor of
+// C++. Only a hint: were it something else, the lines would come for nothing. (Inline by force, as
+// GCC drops the call of a function that does nothing but this.)
+[[gnu::always_inline]] inline void fetch_ahead(PyObject* const* tensors, Py_ssize_t i,
+                                               Py_ssize_t end) {
+  constexpr Py_ssize_t kFar = 8;
+  constexpr Py_ssize_t kNear = 4;
+  constexpr int kLine = 64;
+  constexpr int kLines = 4;  // a c10::TensorImpl takes some 200 bytes
+  if (i + kFar < end && tensors[i + kFar] != nullptr) __builtin_prefetch(tensors[i + kFar]);
+  if (i + kNear >= end || tensors[i + kNear] == nullptr) return;
+  const PyObject* const object = tensors[i + kNear];
+  if (Py_TYPE(object)->tp_basicsize < static_cast<Py_ssize_t>(sizeof(PyObject) + sizeof(void*))) {
+    return;
+  }
+  const char* behind = nullptr;
+  std::memcpy(&behind, object + 1, sizeof behind);
+  for (int line = 0; line < kLines; ++line) __builtin_prefetch(behind + line * kLine);
+}
+
 }  // namespace
+
+// Operands on their way into buckets, some at a time: so few that they stay in the caches.
+//
+// They are read in passes, each of which makes one kind of call for all of them. Torch's calls run
+// through much code, and through different code: taken in turn for one parameter after the other,
+// the same calls take half as long again, as the processor forgets each before it comes back.
+class TensorReader::Block {
+ public:
+  static constexpr Py_ssize_t kMost = 128;
+  static constexpr int kTensors = 4;  // of a parameter: itself, gradient, momentum, master
+
+  explicit Block(const TensorReader& reader) : reader_(reader) {}
+
+  bool full() const { return size_ == kMost; }
+
+  // The tensors are borrowed, and null where there is none.
+  void add(PyObject* param, PyObject* grad, PyObject* momentum, PyObject* master) {
+    PyObject* const tensors[] = {param, grad, momentum, master};
+    for (int t = 0; t < kTensors; ++t) tensors_[t][size_] = tensors[t];
+    ++size_;
+  }
+
+  // Reads what was added, sorts what fits into buckets and forgets it. `first`: the index of the
+  // first that was added, among all. Returns how many there were.
+  Py_ssize_t read(Py_ssize_t first, int64_t* zeros, Sorter* sorter, std::vector<Misfit>* misfits);
+
+ private:
+  void look_at_types();
+  void look_for_negation();
+  void look_at_memory(int t);
+  Unfit compare(Py_ssize_t i, Kind* kind, Operands* out) const;
+
+  const TensorReader& reader_;
+  Py_ssize_t size_ = 0;
+  PyObject* tensors_[kTensors][kMost];
+  View views_[kTensors][kMost];
+  Unfit reasons_[kMost];
+  Dims dims_;
+};
+
+void TensorReader::Block::look_at_types() {
+  for (Py_ssize_t i = 0; i < size_; ++i) {
+    reasons_[i] = Unfit::fit;
+    for (const auto& column : tensors_) {
+      if (column[i] != nullptr && !reader_.plain(column[i])) reasons_[i] = Unfit::type;
+    }
+  }
+}
+
+void TensorReader::Block::look_for_negation() {
+  for (Py_ssize_t i = 0; i < size_; ++i) {
+    if (reasons_[i] != Unfit::fit) continue;
+    fetch_ahead(tensors_[1], i, size_);
+    PyObject* negated = reader_.negated(tensors_[1][i]);
+    Py_XDECREF(negated);  // what Python knows as True and False outlives us
+    if (negated == nullptr) PyErr_Clear();
+    if (negated != Py_False) {
+      reasons_[i] = negated == Py_True ? Unfit::negated : Unfit::unreadable;
+    }
+  }
+}
+
+void TensorReader::Block::look_at_memory(int t) {
+  for (Py_ssize_t i = 0; i < size_; ++i) {
+    if (reasons_[i] != Unfit::fit || tensors_[t][i] == nullptr) continue;
+    fetch_ahead(tensors_[t], i, size_);
+    if (!reader_.view(tensors_[t][i], &views_[t][i], &dims_)) reasons_[i] = Unfit::unreadable;
+  }
+}
+
+// Compares what was read of one parameter's tensors.
+Unfit TensorReader::Block::compare(Py_ssize_t i, Kind* kind, Operands* out) const {
+  const View& p = views_[0][i];
+  const dlpack::Device device = p.tensor.device;
+  if (device.device_type != dlpack::kCPU && device.device_type != dlpack::kCUDA) {
+    return Unfit::device;
+  }
+  DType dtypes[kTensors];
+  void* data[kTensors] = {p.data(), nullptr, nullptr, nullptr};
+  if (!our_dtype(p.tensor.dtype, &dtypes[0])) return Unfit::dtype;
+  bool same_layout = true;
+  bool readable = p.tensor.data != nullptr;
+  for (int t = 1; t < kTensors; ++t) {
+    if (tensors_[t][i] == nullptr) continue;
+    const View& v = views_[t][i];
+    if (!our_dtype(v.tensor.dtype, &dtypes[t]) || !p.same_device(v) || !p.same_shape(v)) {
+      return Unfit::mixed;
+    }
+    same_layout = same_layout && p.same_layout(v);
+    readable = readable && v.tensor.data != nullptr;
+    data[t] = v.data();
+  }
+  if (!kind_of(dtypes[0], dtypes[1], tensors_[2][i] ? &dtypes[2] : nullptr,
+               tensors_[3][i] ? &dtypes[3] : nullptr, kind)) {
+    return Unfit::mixed;
+  }
+  const int64_t numel = p.numel();
+  *out = {data[0], data[1], data[2], data[3], numel, nullptr};
+  if (numel == 0) return Unfit::fit;
+  if (!p.dense()) return Unfit::not_dense;
+  if (!same_layout) return Unfit::layout;
+  if (!readable) return Unfit::unreadable;
+  if (device.device_type == dlpack::kCUDA && cuda::why_unusable(device.device_id)[0] != '\0') {
+    return Unfit::no_cuda;
+  }
+  return Unfit::fit;
+}
+
+Py_ssize_t TensorReader::Block::read(Py_ssize_t first, int64_t* zeros, Sorter* sorter,
+                                     std::vector<Misfit>* misfits) {
+  look_at_types();
+  look_for_negation();
+  for (int t = 0; t < kTensors; ++t) look_at_memory(t);
+  for (Py_ssize_t i = 0; i < size_; ++i) {
+    Kind kind{};
+    Operands operands{};
+    const Unfit reason = reasons_[i] == Unfit::fit ? compare(i, &kind, &operands) : reasons_[i];
+    if (reason != Unfit::fit) {
+      misfits->push_back({first + i, reason});
+      continue;
+    }
+    if (zeros != nullptr) operands.zeros = zeros + first + i;
+    sorter->add(views_[0][i].tensor.device, kind, operands);
+  }
+  dims_.clear();
+  return std::exchange(size_, 0);
+}
 
 Reading TensorReader::read(PyObject* params, PyObject* grads, PyObject* momenta, PyObject* masters,
                            int64_t* zeros) const {
@@ -324,17 +441,14 @@ Reading TensorReader::read(PyObject* params, PyObject* grads, PyObject* momenta,
   };
   const Py_ssize_t count = PyList_GET_SIZE(params);
   Sorter sorter(&reading.buckets, count);
+  Block block(*this);
+  Py_ssize_t first = 0;
   for (Py_ssize_t i = 0; i < count; ++i) {
-    Bucket key{};
-    Operands operands{};
-    const Unfit reason = check(PyList_GET_ITEM(params, i), PyList_GET_ITEM(grads, i),
-                               item(momenta, i), item(masters, i), &key, &operands);
-    if (reason != Unfit::fit) {
-      reading.misfits.push_back({i, reason});
-      continue;
+    block.add(PyList_GET_ITEM(params, i), PyList_GET_ITEM(grads, i), item(momenta, i),
+              item(masters, i));
+    if (block.full() || i + 1 == count) {
+      first += block.read(first, zeros, &sorter, &reading.misfits);
     }
-    if (zeros != nullptr) operands.zeros = zeros + i;
-    sorter.add(key, operands);
   }
   return reading;
 }
@@ -343,58 +457,86 @@ std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, 
                                              bool with_masters, int64_t* zeros,
                                              Py_ssize_t* position) const {
   const Py_ssize_t count = PyList_GET_SIZE(params);
-  Gathered gathered{OwnedObject(PyList_New(0)), OwnedObject(PyList_New(0)),
-                    OwnedObject(with_momenta ? PyList_New(0) : nullptr),
-                    OwnedObject(with_masters ? PyList_New(0) : nullptr), Reading{}};
-  View first;
-  if (zeros != nullptr && count > 0 &&
-      !(plain(PyList_GET_ITEM(params, 0)) && view(PyList_GET_ITEM(params, 0), &first))) {
+  Gathered gathered{OwnedObject(PyList_New(count)), OwnedObject(PyList_New(count)),
+                    OwnedObject(with_momenta ? PyList_New(count) : nullptr),
+                    OwnedObject(with_masters ? PyList_New(count) : nullptr), Reading{}};
+  const auto nothing = [] {
+    PyErr_Clear();
     return std::nullopt;
+  };
+  OwnedObject* const lists[] = {&gathered.params, &gathered.grads, &gathered.momenta,
+                                &gathered.masters};
+  if (!gathered.params || !gathered.grads || (with_momenta && !gathered.momenta) ||
+      (with_masters && !gathered.masters)) {
+    return nothing();
+  }
+  View near;  // the parameter on whose device the counters are
+  Dims dims;
+  if (zeros != nullptr && count > 0 &&
+      !(plain(PyList_GET_ITEM(params, 0)) && view(PyList_GET_ITEM(params, 0), &near, &dims))) {
+    return nothing();
   }
   Sorter sorter(&gathered.reading.buckets, count);
+  Block block(*this);
   Py_ssize_t here = *position;
   Py_ssize_t taken = 0;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    PyObject* const param = PyList_GET_ITEM(params, i);
-    const OwnedObject grad(PyObject_GetAttr(param, grad_name_.get()));
-    PyObject* of_param = nullptr;
-    if (with_momenta || with_masters) {
-      PyObject* next = nullptr;
-      Py_ssize_t after = here;
-      if (PyDict_Next(state, &after, &next, &of_param) && next == param) {
-        here = after;
-      } else {
-        of_param = grad.get() == Py_None ? nullptr : PyDict_GetItemWithError(state, param);
+  for (Py_ssize_t begin = 0; begin < count; begin += Block::kMost) {
+    const Py_ssize_t end = std::min(count, begin + Block::kMost);
+    if (end > PyList_GET_SIZE(params)) return nothing();  // another thread took some away
+    PyObject* const* const all = reinterpret_cast<PyListObject*>(params)->ob_item;
+    std::array<OwnedObject, Block::kMost> grads;
+    for (Py_ssize_t i = begin; i < end; ++i) {
+      if (!plain(all[i])) return nothing();
+      fetch_ahead(all, i, end);
+      OwnedObject& grad = grads[static_cast<size_t>(i - begin)];
+      grad = OwnedObject(grad_of(all[i]));
+      if (!grad) return nothing();
+    }
+    Py_ssize_t added = 0;
+    for (Py_ssize_t i = begin; i < end; ++i) {
+      PyObject* const param = PyList_GET_ITEM(params, i);
+      OwnedObject& grad = grads[static_cast<size_t>(i - begin)];
+      const bool has_grad = grad.get() != Py_None;
+      PyObject* of_param = nullptr;
+      if (with_momenta || with_masters) {
+        PyObject* next = nullptr;
+        Py_ssize_t after = here;
+        if (PyDict_Next(state, &after, &next, &of_param) && next == param) {
+          here = after;
+        } else {
+          of_param = has_grad ? PyDict_GetItemWithError(state, param) : nullptr;
+        }
       }
-    }
-    if (grad.get() == Py_None) continue;
-    const auto append = [](const OwnedObject& list, PyObject* item) {
-      return item != nullptr && PyList_Append(list.get(), item) == 0;
-    };
-    const auto of_state = [&](const OwnedObject& name) {
-      const bool known = of_param != nullptr && PyDict_CheckExact(of_param);
-      return known ? PyDict_GetItemWithError(of_param, name.get()) : nullptr;
-    };
-    PyObject* const momentum = with_momenta ? of_state(momentum_name_) : nullptr;
-    PyObject* const master = with_masters ? of_state(master_name_) : nullptr;
-    Bucket key{};
-    Operands operands{};
-    if (!append(gathered.params, param) || !append(gathered.grads, grad.get()) ||
-        (with_momenta && !append(gathered.momenta, momentum)) ||
-        (with_masters && !append(gathered.masters, master)) ||
-        check(param, grad.get(), momentum, master, &key, &operands) != Unfit::fit) {
-      PyErr_Clear();
-      return std::nullopt;
-    }
-    if (zeros != nullptr) {
-      if (key.device_type != first.tensor.device.device_type ||
-          key.device_id != first.tensor.device.device_id) {
-        return std::nullopt;
+      if (!has_grad) continue;
+      const auto of_state = [&](const OwnedObject& name) {
+        const bool known = of_param != nullptr && PyDict_CheckExact(of_param);
+        return known ? PyDict_GetItemWithError(of_param, name.get()) : nullptr;
+      };
+      PyObject* const momentum = with_momenta ? of_state(momentum_name_) : nullptr;
+      PyObject* const master = with_masters ? of_state(master_name_) : nullptr;
+      if ((with_momenta && momentum == nullptr) || (with_masters && master == nullptr)) {
+        return nothing();
       }
-      operands.zeros = zeros + taken;
+      block.add(param, grad.get(), momentum, master);
+      OwnedObject owned[] = {share(param), std::move(grad), share(momentum), share(master)};
+      for (int t = 0; t < Block::kTensors; ++t) {
+        if (*lists[t]) PyList_SET_ITEM(lists[t]->get(), taken + added, owned[t].release());
+      }
+      ++added;
     }
-    ++taken;
-    sorter.add(key, operands);
+    block.read(taken, zeros, &sorter, &gathered.reading.misfits);
+    if (!gathered.reading.misfits.empty()) return nothing();
+    taken += added;
+  }
+  for (OwnedObject* list : lists) {
+    if (*list && PyList_SetSlice(list->get(), taken, count, nullptr) != 0) return nothing();
+  }
+  for (const Bucket& bucket : gathered.reading.buckets) {
+    const dlpack::Device& counters = near.tensor.device;
+    if (zeros != nullptr &&
+        (bucket.device_type != counters.device_type || bucket.device_id != counters.device_id)) {
+      return nothing();
+    }
   }
   *position = here;
   return gathered;

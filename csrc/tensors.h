@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <deque>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -114,9 +115,13 @@ class TensorReader {
 
  private:
   struct View;
-  bool view(PyObject* tensor, View* out) const;
-  Unfit check(PyObject* param, PyObject* grad, PyObject* momentum, PyObject* master, Bucket* key,
-              Operands* out) const;
+  class Block;
+  class Sorter;
+  // Shapes and strides that were read without the exchange API; with it, they are torch's own.
+  using Dims = std::deque<std::vector<int64_t>>;
+  bool view(PyObject* tensor, View* out, Dims* kept) const;
+  PyObject* grad_of(PyObject* param) const;
+  PyObject* negated(PyObject* tensor) const;
   bool plain(PyObject* tensor) const;
 
   const dlpack::ExchangeApi* api_ = nullptr;
@@ -127,6 +132,10 @@ class TensorReader {
   OwnedObject tensor_type_;
   OwnedObject parameter_type_;
   OwnedObject grad_name_;
+  // What `param.grad` and `is_neg(tensor)` come down to, where that is a function of C.
+  getter get_grad_ = nullptr;
+  void* get_grad_with_ = nullptr;
+  PyCFunction call_is_neg_ = nullptr;
   OwnedObject momentum_name_;
   OwnedObject master_name_;
 };

@@ -112,22 +112,14 @@ def hyperparameters(
     Raises:
         ValueError: an option is out of its range; names it and its value.
     """
-
-    def number(key: str) -> float:
-        value = group[key]
-        if on_device is not None and type(value) is not float and _is_on_gpu(value):
-            on_device[key] = _scalar(value, f"{where}{key}")
-            return 0.0
-        return _finite_and_not_negative(value, f"{where}{key}")
-
-    lr = number("lr")
-    momentum = _finite_and_not_negative(group["momentum"], f"{where}momentum")
+    lr = _number(group, "lr", where, on_device)
+    momentum = _number(group, "momentum", where)
     if not momentum < 1:
         raise ValueError(
             f"{where}momentum is {group['momentum']}: must be in [0, 1), "
             "as the L1 threshold divides by 1 - momentum"
         )
-    dampening = _finite_and_not_negative(group["dampening"], f"{where}dampening")
+    dampening = _number(group, "dampening", where)
     if not dampening <= 1:
         raise ValueError(f"{where}dampening is {group['dampening']}: must be in [0, 1]")
     nesterov = bool(group["nesterov"])
@@ -144,8 +136,8 @@ def hyperparameters(
         lr,
         momentum,
         dampening,
-        _finite_and_not_negative(group["weight_decay"], f"{where}weight_decay"),
-        number("l1"),
+        _number(group, "weight_decay", where),
+        _number(group, "l1", where, on_device),
         nesterov,
         bool(group["maximize"]),
         group["l2_mode"] == "proximal",
@@ -157,6 +149,20 @@ def hyperparameters(
             f"{h.momentum}: their product is beyond float32"
         )
     return h
+
+
+def _number(
+    group: Mapping[str, Any], key: str, where: str, on_device: dict[str, Tensor] | None = None
+) -> float:
+    """A group's number, checked; ``on_device`` as for :func:`hyperparameters`."""
+    value = group[key]
+    if type(value) is float and 0 <= value <= _FLOAT32_MAX:
+        return value
+    name = f"{where}{key}"
+    if on_device is not None and _is_on_gpu(value):
+        on_device[key] = _scalar(value, name)
+        return 0.0
+    return _finite_and_not_negative(value, name)
 
 
 def _finite_and_not_negative(value: Any, name: str) -> float:

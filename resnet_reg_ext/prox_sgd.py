@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import _distributed, _native
+from . import _distributed, _hooks, _native
 from .functional import (
     Bucket,
     DeviceValues,
@@ -173,6 +173,11 @@ class ProxSGD(Optimizer):
         """Makes compiled code look at groups and state anew."""
         self._groups_traced: list[dict[str, Any]] = []
         self._states_traced: list[list[dict[str, Any]]] = []
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Wraps ``step`` in hooks and a profiler's range; torch calls it for each class."""
+        return _hooks.profile_hook_step(func)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, checked first.

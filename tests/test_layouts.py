@@ -422,3 +422,36 @@ def test_large_tensors_that_pure_pytorch_cannot_cut(options):
     assert (results[0][0] == 0).any()
     for native, pure in zip(*results, strict=True):
         assert_same(native, pure)
+
+
+@pytest.mark.parametrize("count", [127, 128, 129, 300])
+@pytest.mark.parametrize("odd", [{}, {127: "gap"}, {128: "negated", 126: "none"}, {0: "layout"}])
+def test_many_parameters_of_which_some_are_odd(count, odd):
+    """The native core reads them in blocks; each has its own place, whatever lies before it."""
+
+    def parameters():
+        generator = torch.Generator().manual_seed(count)
+        params = [torch.randn(3, 1 + i % 4, generator=generator) for i in range(count)]
+        params = [torch.nn.Parameter(p) for p in params]
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=generator)
+            if i % 7 == 3 or odd.get(i) == "none":
+                p.grad = None
+            elif odd.get(i) == "gap":
+                p.data = torch.stack([p, p], -1)[..., 0]
+            elif odd.get(i) == "negated":
+                p.grad = torch._neg_view(p.grad)
+            elif odd.get(i) == "layout":
+                p.grad = torch.randn(p.shape[::-1], generator=generator).t()
+        return params
+
+    ours, pure = parameters(), parameters()
+    native = ProxSGD(ours, **OPTIONS)
+    reference = ProxSGD(pure, **OPTIONS, fused=False)
+    for _ in range(3):
+        native.step()
+        reference.step()
+    for p, q in zip(ours, pure, strict=True):
+        assert torch.equal(p, q)
+        assert (p in native.state) is (q.grad is not None)
+    assert any((p == 0).any() for p in ours)
