@@ -166,15 +166,12 @@ def _number(
 
 
 def _finite_and_not_negative(value: Any, name: str) -> float:
-    if type(value) is float:
-        number = value
-    else:
-        if isinstance(value, Tensor):
-            value = _scalar(value, name)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{name} is {value!r}: must be a number") from None
+    if isinstance(value, Tensor):
+        value = _scalar(value, name)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r}: must be a number") from None
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} is {value}: must be finite and not negative")
     if number > _FLOAT32_MAX:

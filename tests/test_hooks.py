@@ -131,13 +131,16 @@ def test_an_error_in_the_step_leaves_no_range_open():
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     optimizer = ProxSGD([p], lr=0.5, momentum=0.0)
-    optimizer.param_groups[0]["lr"] = -1.0
-    with pytest.raises(ValueError, match=r"lr is -1\.0"):
-        optimizer.step()
-    optimizer.param_groups[0]["lr"] = 0.5
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.param_groups[0]["lr"] = -1.0
+        with pytest.raises(ValueError, match=r"lr is -1\.0") as raised:
+            optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.5
         optimizer.step()
-    assert len(ranges(profile.events())) == 1
+    assert raised  # the traceback, and what it holds, lived through the second step
+    steps = [e.time_range for e in profile.events() if e.name.startswith("Optimizer.step")]
+    assert len(steps) == 2
+    assert steps[0].end <= steps[1].start
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -425,7 +425,7 @@ def test_large_tensors_that_pure_pytorch_cannot_cut(options):
 
 
 @pytest.mark.parametrize("count", [127, 128, 129, 300])
-@pytest.mark.parametrize("odd", [{}, {127: "gap"}, {128: "negated", 126: "none"}, {0: "layout"}])
+@pytest.mark.parametrize("odd", [{}, {126: "gap"}, {125: "negated", 124: "none"}, {2: "layout"}])
 def test_many_parameters_of_which_some_are_odd(count, odd):
     """The native core reads them in blocks; each has its own place, whatever lies before it."""
 
@@ -443,6 +443,7 @@ def test_many_parameters_of_which_some_are_odd(count, odd):
                 p.grad = torch._neg_view(p.grad)
             elif odd.get(i) == "layout":
                 p.grad = torch.randn(p.shape[::-1], generator=generator).t()
+                assert p.grad.stride() != p.stride()
         return params
 
     ours, pure = parameters(), parameters()
@@ -452,6 +453,6 @@ def test_many_parameters_of_which_some_are_odd(count, odd):
         native.step()
         reference.step()
     for p, q in zip(ours, pure, strict=True):
-        assert torch.equal(p, q)
+        assert_same(p, q)
         assert (p in native.state) is (q.grad is not None)
     assert any((p == 0).any() for p in ours)
