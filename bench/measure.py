@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -62,7 +63,8 @@ def interleave(
 ) -> Samples:
     """Times steps in rounds, each round all of them, so that drift hits all alike.
 
-    Each round starts with another step, so that none has always the same predecessor.
+    Each round has an order of its own, so that none has always the same predecessor: what a step
+    finds in the caches is what the one before has left there. The orders are the same in each run.
 
     Args:
         steps: what to time.
@@ -80,6 +82,7 @@ def interleave(
             step()
         repeats[key] = max(1, round(least / max(_seconds(step, 1, sync), 1e-7)))
     samples = Samples(keys)
+    order = random.Random(0)
     end = time.perf_counter() + budget
     enabled = gc.isenabled()
     gc.collect()
@@ -88,8 +91,7 @@ def interleave(
         for index in range(rounds):
             if index >= 3 and time.perf_counter() > end:
                 break
-            start = index % len(keys)
-            for key in keys[start:] + keys[:start]:
+            for key in order.sample(keys, len(keys)):
                 samples.seconds[key].append(_seconds(steps[key], repeats[key], sync))
     finally:
         if enabled:

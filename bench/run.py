@@ -54,7 +54,7 @@ class Table:
     budget: float = 12.0
 
 
-MAIN = Table("main", budget=80.0)
+MAIN = Table("main", rounds=61, budget=80.0)
 TABLES = (
     MAIN,
     Table("one_thread", rows=FAST, threads=1),

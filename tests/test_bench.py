@@ -8,11 +8,12 @@ import re
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from resnet_reg_ext.bench import baselines, models, run
+from resnet_reg_ext.bench import baselines, measure, models, run
 from resnet_reg_ext.bench.baselines import BASELINES, Checker
 
 from resnet_reg_ext import cli
@@ -41,6 +42,25 @@ def test_the_check_notices_a_wrong_step() -> None:
         _, checked = run.prepare(BASELINES[key], made)
         assert checked["check"]["same"]
         assert 0.1 < checked["check"]["zeros"] < 0.9
+
+
+def test_each_round_runs_every_step_once_and_none_always_after_the_same() -> None:
+    """What a step leaves in the caches would else favour or burden always the same next one."""
+    calls: list[str] = []
+    keys = ("a", "b", "c", "d")
+    rounds = 32
+    measure.interleave(
+        {key: partial(calls.append, key) for key in keys}, rounds, warm_ups=0, least=0.0
+    )
+    timed = calls[len(keys) :]  # the first call of each says how often to repeat it
+    assert len(timed) == rounds * len(keys)
+    before: dict[str, set[str]] = {key: set() for key in keys}
+    for start in range(0, len(timed), len(keys)):
+        order = timed[start : start + len(keys)]
+        assert sorted(order) == sorted(keys)
+        for first, second in zip(order, order[1:], strict=False):
+            before[second].add(first)
+    assert before == {key: set(keys) - {key} for key in keys}
 
 
 @pytest.mark.parametrize("model", ["resnet50", "resnet18", "vit_b_16"])

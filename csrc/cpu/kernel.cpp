@@ -64,24 +64,15 @@ inline __attribute__((always_inline)) int64_t update_each(
 template <typename T>
 constexpr int64_t kLine = 64 / sizeof(typename T::Weight);
 
-// How many lines ahead of their use to ask for them: more where a line holds more elements of one
-// array than of another, and conversions keep the loop from running ahead by itself.
-template <typename T>
-constexpr int64_t kAhead = std::is_same_v<typename T::Param, typename T::Weight> &&
-                                   std::is_same_v<typename T::Param, typename T::Momentum>
-                               ? 6
-                               : 12;
-
 // Asks for lines to be used once: hardware prefetchers alone leave a sixth of the bandwidth unused,
 // and lines that nobody reads again soon need not pass through the outer caches (bench/NOTES.md).
-// Asking past the end is harmless.
+// Asking past the end is harmless. `i` is the element whose lines to ask for.
 template <typename T, typename V>
-inline __attribute__((always_inline)) void prefetch_for(const Piece<T>& at, int64_t i) {
-  const int64_t ahead = i + kAhead<T> * kLine<T>;
-  __builtin_prefetch(at.param + ahead, 0, 0);
-  __builtin_prefetch(at.grad + ahead, 0, 0);
-  if (V::kMode != Momentum::none) __builtin_prefetch(at.momentum + ahead, 0, 0);
-  if constexpr (T::has_master) __builtin_prefetch(at.weight + ahead, 0, 0);
+inline __attribute__((always_inline)) void prefetch(const Piece<T>& at, int64_t i) {
+  __builtin_prefetch(at.param + i, 0, 0);
+  __builtin_prefetch(at.grad + i, 0, 0);
+  if (V::kMode != Momentum::none) __builtin_prefetch(at.momentum + i, 0, 0);
+  if constexpr (T::has_master) __builtin_prefetch(at.weight + i, 0, 0);
 }
 
 #if defined(__AVX2__)
@@ -105,12 +96,12 @@ inline __attribute__((always_inline)) void update_lanes(const Coefficients<Float
 // The zeros of a range, a chunk at the most, are counted in 32 bits.
 template <typename T, typename V>
 int64_t update_floats(const Coefficients<float>& coefficients, const Piece<T>& at, int64_t begin,
-                      int64_t end) {
+                      int64_t end, int64_t ahead) {
   const Coefficients<Floats> c = spread(coefficients);
   __m256i minus_zeros = _mm256_setzero_si256();
   int64_t i = begin;
   for (; i + kLine<T> <= end; i += kLine<T>) {
-    prefetch_for<T, V>(at, i);
+    prefetch<T, V>(at, i + ahead);
     for (int64_t j = 0; j < kLine<T>; j += Floats::kCount) {
       update_lanes<T, V>(c, at, i + j, minus_zeros);
     }
@@ -128,18 +119,19 @@ int64_t update_floats(const Coefficients<float>& coefficients, const Piece<T>& a
 #endif
 
 template <typename T, typename V>
-int64_t update_range(const Operands& operands, const void* coefficients, int64_t begin,
-                     int64_t end) {
+int64_t update_range(const Operands& operands, const void* coefficients, int64_t begin, int64_t end,
+                     int64_t lines_ahead) {
   using C = typename T::Compute;
   const auto c = *static_cast<const Coefficients<C>*>(coefficients);
   const auto at = piece_from<T>(operands, 0);
+  const int64_t ahead = lines_ahead * kLine<T>;
 #if defined(__AVX2__)
-  if constexpr (std::is_same_v<C, float>) return update_floats<T, V>(c, at, begin, end);
+  if constexpr (std::is_same_v<C, float>) return update_floats<T, V>(c, at, begin, end, ahead);
 #endif
   int64_t zeros = 0;
   int64_t i = begin;
   for (; i + kLine<T> <= end; i += kLine<T>) {
-    prefetch_for<T, V>(at, i);
+    prefetch<T, V>(at, i + ahead);
     zeros += update_each<T, V>(c, at, i, kLine<T>);
   }
   return zeros + update_each<T, V>(c, at, i, end - i);

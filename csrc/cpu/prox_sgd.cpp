@@ -29,6 +29,19 @@ Kernel kernel_at(Simd level, Kind kind, Momentum mode, Steps steps, bool counts)
   return baseline::kernel(kind, mode, steps, counts);
 }
 
+// How many cache lines before its use to ask for memory: bandwidth times latency, so more on newer
+// processors. Measured (bench/NOTES.md): Zen 5 is best with 20 to 64 and loses 3 to 15 % at 6; Zen
+// 1 is best with 6, or 12 where storage types mix, and loses 9 % at 24. All others are untried, and
+// taken for newer ones.
+int64_t lines_ahead(Kind kind) {
+#if defined(PROX_SGD_HAS_AVX2)
+  static const bool old = __builtin_cpu_is("znver1") || __builtin_cpu_is("znver2");
+  if (old) return kind <= Kind::bfloat16 ? 6 : 12;
+#endif
+  (void)kind;
+  return 32;
+}
+
 template <typename C>
 void run(const std::vector<Operands>& operands, Kind kind, const Options& options, Simd level,
          int threads) {
@@ -37,10 +50,11 @@ void run(const std::vector<Operands>& operands, Kind kind, const Options& option
                                   [](const Operands& o) { return o.zeros != nullptr; });
   const Kernel kernel = kernel_at(level, kind, c.mode, steps(c), counts);
   const Plan plan(operands, threads);
+  const int64_t ahead = lines_ahead(kind);
   const auto run_chunk = [&](int64_t chunk) {
     plan.visit(chunk, [&](const Plan::Piece& piece) {
       const Operands& o = operands[piece.tensor];
-      const int64_t zeros = kernel(o, &c, piece.begin, piece.end);
+      const int64_t zeros = kernel(o, &c, piece.begin, piece.end, ahead);
       if (o.zeros != nullptr) __atomic_fetch_add(o.zeros, zeros, __ATOMIC_RELAXED);
     });
   };
