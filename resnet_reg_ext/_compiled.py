@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from . import _distributed
-from .prox_sgd import ProxSGD, has_master, momentum_dtype, optimizers
+from .prox_sgd import (
+    ProxSGD,
+    has_master,
+    momentum_dtype_of,
+    new_master,
+    new_momentum,
+    optimizers_by_number,
+)
 
 if TYPE_CHECKING:
     from .functional import DeviceValues
@@ -67,7 +74,7 @@ def prox_sgd_step(
     of momentum and master weight it comes with. ``option_keys`` are 2 times the group, plus 1 for
     l1.
     """
-    alive = optimizers.get(optimizer)
+    alive = optimizers_by_number.get(optimizer)
     if alive is None:
         raise RuntimeError("ProxSGD: a compiled step was called after its optimizer was deleted")
     next_momentum, next_master = iter(momenta), iter(masters)
@@ -112,7 +119,7 @@ def _read_groups(optimizer: str) -> tuple[_Group, ...] | None:
 
     None if there are DTensors, which the operator can't take.
     """
-    alive = optimizers[optimizer]
+    alive = optimizers_by_number[optimizer]
     groups = alive.param_groups
     if any(_distributed.has_dtensors(group["params"]) for group in groups):
         return None
@@ -123,7 +130,7 @@ def _read_groups(optimizer: str) -> tuple[_Group, ...] | None:
     return tuple(
         _Group(
             bool(group["momentum"] != 0),
-            tuple((momentum_dtype(group, p), has_master(group, p)) for p in group["params"]),
+            tuple((momentum_dtype_of(group, p), has_master(group, p)) for p in group["params"]),
             tuple(key for key in _TENSOR_OPTIONS if isinstance(group[key], Tensor)),
         )
         for group in groups
@@ -165,14 +172,14 @@ def step(optimizer: ProxSGD, scaling: DeviceValues | None) -> None:
                 momentum = state.get("momentum_buffer")
                 if momentum is None:
                     kind |= _FIRST
-                    momentum = torch.empty_like(param, dtype=dtype, requires_grad=False)
+                    momentum = new_momentum(param, dtype)
                     created.append((state, "momentum_buffer", momentum))
                 momenta.append(momentum)
             if with_master:
                 kind |= _MASTER
                 master = state.get("master_weight")
                 if master is None:
-                    master = param.detach().to(torch.float32)
+                    master = new_master(param)
                     created.append((state, "master_weight", master))
                 masters.append(master)
             groups.append(index)

@@ -130,7 +130,7 @@ def hyperparameters(
         )
     if group["l2_mode"] not in L2_MODES:
         raise ValueError(f"{where}l2_mode is {group['l2_mode']!r}: must be one of {L2_MODES}")
-    if group["fused"] not in (None, True, False):
+    if group["fused"] is not None and not isinstance(group["fused"], bool):
         raise ValueError(f"{where}fused is {group['fused']!r}: must be None, True or False")
     h = Hyperparameters(
         lr,
@@ -169,6 +169,8 @@ def _finite_and_not_negative(value: Any, name: str) -> float:
     if isinstance(value, Tensor):
         value = _scalar(value, name)
     try:
+        if isinstance(value, str):  # which float() would read
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}: must be a number") from None
@@ -177,6 +179,12 @@ def _finite_and_not_negative(value: Any, name: str) -> float:
     if number > _FLOAT32_MAX:
         raise ValueError(f"{name} is {value}: must be within float32, which is computed in")
     return number
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()
 
 
 def _is_on_gpu(value: Any) -> bool:
@@ -342,8 +350,12 @@ class DeviceValues(NamedTuple):
             for value, dtype in zip(self, wide, strict=True)
         )
 
-    def applied_to(self, h: Hyperparameters, why: str) -> Hyperparameters | None:
+    def applied_to(
+        self, h: Hyperparameters, name: Callable[[], str], why: str
+    ) -> Hyperparameters | None:
         """The hyperparameters with the values in, for which the host waits; None if inf was found.
+
+        ``name`` gives a parameter that they are for, for an error.
 
         Raises:
             RuntimeError: a CUDA graph is being captured, so the host can't wait; says ``why`` it
@@ -351,17 +363,17 @@ class DeviceValues(NamedTuple):
             ValueError: a value is out of its range.
         """
         tensors = [value for value in self if value is not None]
-        if any(map(_is_on_gpu, tensors)) and torch.cuda.is_current_stream_capturing():
+        if is_capturing() and any(map(_is_on_gpu, tensors)):
             raise RuntimeError(
-                f"ProxSGD: can't wait for a value on the device while a CUDA graph is captured, "
+                f"{name()}: can't wait for a value on the device while a CUDA graph is captured, "
                 f"but {why}"
             )
         if self.found_inf is not None and self.found_inf.item() != 0:
             return None
         if self.lr is not None:
-            h = h._replace(lr=_finite_and_not_negative(self.lr, "ProxSGD: lr"))
+            h = h._replace(lr=_finite_and_not_negative(self.lr, f"{name()}: lr"))
         if self.l1 is not None:
-            h = h._replace(l1=_finite_and_not_negative(self.l1, "ProxSGD: l1"))
+            h = h._replace(l1=_finite_and_not_negative(self.l1, f"{name()}: l1"))
         if self.grad_scale is not None:
             scale = self.grad_scale.item()
             if not scale > 0:
@@ -387,7 +399,9 @@ def prepare_prox_sgd(
     """
     native = not (fused is False or not _native.available())
     if fused and not native:
-        raise RuntimeError(f"fused=True: {_native.missing}; fused=None takes pure PyTorch instead")
+        raise RuntimeError(
+            f"{name(0)}: fused=True, but {_native.missing}; fused=None takes pure PyTorch instead"
+        )
     misfits: list[_native.Misfit] = []
     reading = bucket.fitting
     if native and reading is None:
@@ -402,7 +416,7 @@ def prepare_prox_sgd(
     ):
         parts = _distributed.local_bucket(bucket, name)
         run = prepare_prox_sgd(parts, h, fused, name, values)
-        return run and partial(_run_on_parts, run, bucket)
+        return None if run is None else partial(_run_on_parts, run, bucket)
 
     if values is not None:
         why = ""
@@ -411,7 +425,7 @@ def prepare_prox_sgd(
         elif bucket.first:
             why = "it is a parameter's first step: take one before the capture"
         if why:
-            known = values.applied_to(h, why)
+            known = values.applied_to(h, partial(name, 0), why)
             if known is None:
                 return None
             h, values = known, None
@@ -452,7 +466,7 @@ def prepare_prox_sgd(
             _native.warn_unusable_cuda(bucket.params[i].device)
         pure.append(i)
     if values is not None:
-        known = values.applied_to(h, f"{name(misfits[0].position)}: {misfits[0].reason}")
+        known = values.applied_to(h, partial(name, misfits[0].position), misfits[0].reason)
         if known is None:
             return None
         h = known
@@ -522,11 +536,7 @@ def check_operands(
         raise ValueError(f"{name()}: complex parameters and gradients are not supported")
     if param.layout is not torch.strided:
         raise ValueError(f"{name()}: the parameter's layout is {param.layout}: must be strided")
-    if any(n > 1 and s == 0 for n, s in zip(param.shape, param.stride(), strict=True)):
-        raise ValueError(
-            f"{name()}: the parameter overlaps itself in memory (shape {tuple(param.shape)}, "
-            f"strides {param.stride()}): must have a place for each element"
-        )
+    _check_overlap(param, "the parameter", name)
     if grad.layout is not torch.strided:
         raise ValueError(
             f"{name()}: the gradient is sparse ({grad.layout}): sparse gradients are not supported"
@@ -575,6 +585,22 @@ def check_state(param: Tensor, value: Any, key: str, name: Callable[[], str]) ->
         )
     if not value.is_floating_point():
         raise ValueError(f"{name()}: {key}'s dtype is {value.dtype}: must be floating-point")
+    _check_overlap(value, key, name)
+
+
+def _check_overlap(tensor: Tensor, what: str, name: Callable[[], str]) -> None:
+    """Refuses to write to a tensor whose elements share places, as after ``expand()``.
+
+    Raises:
+        ValueError: says which tensor of which parameter.
+    """
+    if tensor.layout is not torch.strided:
+        return
+    if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"{name()}: {what} overlaps itself in memory (shape {tuple(tensor.shape)}, strides "
+            f"{tensor.stride()}): must have a place for each element"
+        )
 
 
 _COMPUTE_DTYPE = {
@@ -677,7 +703,9 @@ class _Rooms:
         size = model.numel()
         memory = self._memory.get((use, dtype))
         if memory is None or memory.numel() < size:
-            memory = self._memory[use, dtype] = torch.empty(max(size, _PIECE), dtype=dtype)
+            # On a CPU whatever the default device is.
+            memory = torch.empty(max(size, _PIECE), dtype=dtype, device=model.device)
+            self._memory[use, dtype] = memory
         shape = model.shape
         if len(shape) == 1:
             return memory if memory.numel() == size else memory[:size]

@@ -14,7 +14,7 @@ def param_groups(
     *,
     l1: float = 1e-5,
     weight_decay: float = 1e-4,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Splits a model's parameters into a regularised and an unregularised group.
 
@@ -30,7 +30,7 @@ def param_groups(
         model: any module.
         l1: coefficient for the regularised group.
         weight_decay: coefficient for the regularised group.
-        exclude: shell-style patterns of full parameter names, such as ``"fc.*"``.
+        exclude: a shell-style pattern of full parameter names, such as ``"fc.*"``, or several.
 
     Returns:
         One or two groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
@@ -41,6 +41,7 @@ def param_groups(
     Example:
         >>> optimizer = ProxSGD(param_groups(model, l1=1e-5, weight_decay=1e-4), lr=0.1)
     """
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
     unmatched = set(exclude)
     names: dict[nn.Parameter, str] = {}
     unregularised: set[nn.Parameter] = set()

@@ -23,6 +23,7 @@ from .functional import (
     Hyperparameters,
     check_state,
     hyperparameters,
+    is_capturing,
     prepare_prox_sgd,
 )
 from .sparsity import Sparsity, sparsity
@@ -35,7 +36,7 @@ _Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tens
 
 # Compiled code holds a number that stands for its optimizer for as long as that lives. It is a
 # string, as dynamo makes a variable of an integer that it has seen change.
-optimizers: weakref.WeakValueDictionary[str, ProxSGD] = weakref.WeakValueDictionary()
+optimizers_by_number: weakref.WeakValueDictionary[str, ProxSGD] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -166,7 +167,7 @@ class ProxSGD(Optimizer):
         """What ``_compiled`` needs; a pickle or a copy doesn't have it."""
         if "_number" not in self.__dict__:
             self._number = str(next(_numbers))
-            optimizers[self._number] = self
+            optimizers_by_number[self._number] = self
         self._forget_traced()
 
     def _forget_traced(self) -> None:
@@ -183,21 +184,26 @@ class ProxSGD(Optimizer):
         """Adds a group, checked first.
 
         Raises:
-            ValueError: an option is out of its range, or a parameter can't be used.
+            TypeError: it is no dict, or what it lists aren't tensors.
+            ValueError: an option is out of its range, or a parameter can't be used, or is listed
+                twice.
+            RuntimeError: ``fused=True``, and there is no native module.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         index = len(self.param_groups)
         group = {**self.defaults, **param_group}
-        _check(group, f"ProxSGD: param_groups[{index}]: ")
+        where = f"ProxSGD: param_groups[{index}]: "
+        _check(group, where)
         if group["fused"] and not _native.available():
-            raise RuntimeError(f"ProxSGD: fused=True, but {_native.missing}")
+            raise RuntimeError(f"{where}fused=True, but {_native.missing}")
         param_group = _with_names_apart(param_group)
         super().add_param_group(param_group)
-        for i, param in enumerate(self.param_groups[-1]["params"]):
-            if param.is_neg():
-                group = self.param_groups.pop()
-                raise ValueError(
-                    f"{_name(group, index, i)}: is a lazily negated view: call resolve_neg() on it"
-                )
+        try:
+            _check_params(self.param_groups[-1], index)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickle or, at the end of ``load_state_dict``, a checkpoint.
@@ -206,9 +212,8 @@ class ProxSGD(Optimizer):
         always the options that say how to compute and not what: ``fused`` and the like.
         """
         live: list[dict[str, Any]] = self.__dict__.get("param_groups", [])
-        defaults = {**_FORMER_DEFAULTS, **(state.get("defaults") or self.__dict__["defaults"])}
-        if "defaults" in state:
-            state = {**state, "defaults": defaults}
+        defaults: dict[str, Any] = state.get("defaults") or self.__dict__["defaults"]
+        checkpoint: dict[str, Any] | None = self.__dict__.get("_checkpoint")
         for index, group in enumerate(state["param_groups"]):
             kept = live[index] if index < len(live) else defaults
             for key, value in defaults.items():
@@ -225,6 +230,9 @@ class ProxSGD(Optimizer):
                     if key in _STATE_KEYS and value is not None:
                         check_state(param, value, key, partial(_name, group, index, i))
                         _distributed.check_alike(param, value, key, _name(group, index, i))
+                if checkpoint is not None and of_param:
+                    saved_id = checkpoint["param_groups"][index]["params"][i]
+                    _restore_dtypes(group, param, of_param, checkpoint["state"][saved_id])
         super().__setstate__(state)
         self._prepare_for_compiling()
 
@@ -238,26 +246,29 @@ class ProxSGD(Optimizer):
         Raises:
             ValueError: the checkpoint is of another model, or an option in it is out of its range.
         """
-        loaded: list[dict[str, Any]] = []
         # Registered last, so that it sees what other hooks have made of the checkpoint.
-        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: self._begin_loading(final))
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        (final,) = loaded
-        saved_ids = [i for group in final["param_groups"] for i in group["params"]]
-        params = [(group, p) for group in self.param_groups for p in group["params"]]
-        for (group, param), saved_id in zip(params, saved_ids, strict=True):
-            state = self.state.get(param, {})
-            if not group["master_weights"]:
-                state.pop("master_weight", None)
-            for key, dtype in (
-                ("momentum_buffer", momentum_dtype(group, param)),
-                ("master_weight", torch.float32),
-            ):
-                if state.get(key) is not None and state[key].dtype is not dtype:
-                    state[key] = final["state"][saved_id][key].to(param.device, dtype, copy=True)
+            self.__dict__.pop("_checkpoint", None)
+
+    def _begin_loading(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another model; keeps it for :meth:`__setstate__`."""
+        saved, live = checkpoint["param_groups"], self.param_groups
+        if len(saved) != len(live):
+            raise ValueError(
+                f"ProxSGD: the checkpoint has {len(saved)} param_groups: must be {len(live)}, as "
+                "many as the optimizer has"
+            )
+        for index, (one, other) in enumerate(zip(saved, live, strict=True)):
+            if len(one["params"]) != len(other["params"]):
+                raise ValueError(
+                    f"ProxSGD: param_groups[{index}]: the checkpoint has {len(one['params'])} "
+                    f"parameters: must be {len(other['params'])}, as many as the optimizer has"
+                )
+        self._checkpoint = checkpoint
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -276,8 +287,7 @@ class ProxSGD(Optimizer):
             freeze: False ends it.
         """
         for group in self.param_groups:
-            l1 = group["l1"]
-            if not freeze or isinstance(l1, Tensor) or l1 != 0:
+            if not freeze or float(group["l1"]) != 0:
                 group["frozen_zeros"] = freeze
 
     def sparsity(self) -> Sparsity:
@@ -439,8 +449,11 @@ class ProxSGD(Optimizer):
         values: DeviceValues | None,
     ) -> Callable[[], None] | None:
         """The step of a bucket, checked; None if it is to be skipped."""
-        if bucket.params[0].is_cuda and not group["capturable"]:
-            self._cuda_graph_capture_health_check()
+        if not group["capturable"] and is_capturing() and any(p.is_cuda for p in bucket.params):
+            raise RuntimeError(
+                f"{name(0)}: a CUDA graph is being captured, which would repeat the step with the "
+                "options of now: capturable is False in its group"
+            )
         return prepare_prox_sgd(bucket, h, group["fused"], name, values)
 
     def _state_traced(self, row: Row) -> dict[str, Any]:
@@ -455,7 +468,7 @@ class ProxSGD(Optimizer):
                 raise ValueError(
                     f"ProxSGD: grad_coefficient is {grad_coefficient!r}: must be a number"
                 )
-            grad_coefficient = torch.tensor(float(grad_coefficient))
+            grad_coefficient = torch.tensor(float(grad_coefficient), device="cpu")
         if grad_coefficient is not None and grad_coefficient.numel() != 1:
             raise ValueError(
                 f"ProxSGD: grad_coefficient is a tensor of shape {tuple(grad_coefficient.shape)}: "
@@ -487,7 +500,7 @@ def _options(
 ) -> tuple[Hyperparameters, DeviceValues | None]:
     """A group's options, checked, and what a kernel is to read on the device."""
     on_device: dict[str, Tensor] = {}
-    h = hyperparameters(group, f"ProxSGD: param_groups[{index}]: ", on_device)
+    h = _check(group, f"ProxSGD: param_groups[{index}]: ", on_device)
     if on_device:
         return h, (scaling or DeviceValues())._replace(**on_device)
     return h, scaling
@@ -495,26 +508,37 @@ def _options(
 
 # Options that say how to compute: a checkpoint doesn't change them.
 _HOW_TO_COMPUTE = ("fused", "capturable", "master_weights", "momentum_dtype", "track_sparsity")
-# For pickles of optimizers that didn't know these options.
-_FORMER_DEFAULTS: dict[str, Any] = {
-    "frozen_zeros": False,
-    "capturable": False,
-    "master_weights": False,
-    "momentum_dtype": None,
-    "track_sparsity": False,
-}
 _STATE_KEYS = ("momentum_buffer", "master_weight")
 _MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
-def _check(group: dict[str, Any], where: str) -> None:
+def _check(
+    group: dict[str, Any], where: str, on_device: dict[str, Tensor] | None = None
+) -> Hyperparameters:
     """Checks the options that :func:`hyperparameters` checks, and those of the state."""
-    hyperparameters(group, where)
+    h = hyperparameters(group, where, on_device)
     if group["momentum_dtype"] not in _MOMENTUM_DTYPES:
         raise ValueError(
             f"{where}momentum_dtype is {group['momentum_dtype']!r}: must be None, torch.float32 or "
             "torch.bfloat16"
         )
+    return h
+
+
+def _check_params(group: dict[str, Any], index: int) -> None:
+    """Refuses parameters that a step can't be right for, whatever their gradients."""
+    places: dict[int, int] = {}
+    for i, param in enumerate(group["params"]):
+        if param.is_neg():
+            raise ValueError(
+                f"{_name(group, index, i)}: is a lazily negated view: call resolve_neg() on it"
+            )
+        first = places.setdefault(id(param), i)
+        if first != i:
+            raise ValueError(
+                f"{_name(group, index, i)}: is the same parameter as "
+                f"{_name(group, index, first)}: list it once"
+            )
 
 
 def has_master(group: dict[str, Any], param: Tensor) -> bool:
@@ -522,7 +546,7 @@ def has_master(group: dict[str, Any], param: Tensor) -> bool:
     return bool(group["master_weights"]) and param.dtype in _SIXTEEN_BITS
 
 
-def momentum_dtype(group: dict[str, Any], param: Tensor) -> torch.dtype:
+def momentum_dtype_of(group: dict[str, Any], param: Tensor) -> torch.dtype:
     """What a parameter's momentum buffer is stored in."""
     dtype: torch.dtype | None = group["momentum_dtype"]
     if dtype is None or param.dtype is torch.float64:
@@ -531,6 +555,32 @@ def momentum_dtype(group: dict[str, Any], param: Tensor) -> torch.dtype:
 
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def new_momentum(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """A momentum buffer, to be written by the parameter's first step."""
+    return torch.empty_like(param, dtype=dtype, requires_grad=False)
+
+
+def new_master(param: Tensor) -> Tensor:
+    """A float32 copy of a parameter."""
+    return param.detach().to(torch.float32)
+
+
+def _restore_dtypes(
+    group: dict[str, Any], param: Tensor, state: dict[str, Any], saved: dict[str, Any]
+) -> None:
+    """Gives a parameter's loaded state the dtypes that its group's options say.
+
+    torch has cast it to the parameter's dtype; where another one is wanted, it is taken from what
+    was ``saved``.
+    """
+    if not group["master_weights"]:
+        state.pop("master_weight", None)
+    wanted = {"momentum_buffer": momentum_dtype_of(group, param), "master_weight": torch.float32}
+    for key, dtype in wanted.items():
+        if state.get(key) is not None and state[key].dtype is not dtype:
+            state[key] = saved[key].to(param.device, dtype, copy=True)
 
 
 class _Counted(NamedTuple):
@@ -642,15 +692,13 @@ def _buckets(
     for i, param in enumerate(params):
         first = momenta is not None and momenta[i] is None
         if momenta is not None and first:
-            momenta[i] = torch.empty_like(
-                param, dtype=momentum_dtype(group, param), requires_grad=False
-            )
+            momenta[i] = new_momentum(param, momentum_dtype_of(group, param))
             new.append((param, "momentum_buffer", momenta[i]))
         master = has_master(group, param)
         if master:
             masters[i] = in_order[i].get("master_weight")
             if masters[i] is None:
-                masters[i] = param.detach().to(torch.float32)
+                masters[i] = new_master(param)
                 new.append((param, "master_weight", masters[i]))
         kinds.setdefault((first, master), []).append(i)
     buckets = []

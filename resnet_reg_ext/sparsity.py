@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,14 +98,14 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
     """
     named = list(_parameters(source))
     with torch.no_grad():
-        # One transfer for all counts, not one for each.
-        known: dict[Tensor, Tensor] = getattr(source, "_zeros_known", dict)()
+        tracked: Any = getattr(source, "_zeros_known", None)
+        known: dict[Tensor, Tensor] = {} if tracked is None else tracked()
         counts = [
             known[p] if p in known else (_distributed.countable(p.detach()) == 0).sum()
             for _, p, _ in named
         ]
         counts = _distributed.summed(counts, [p for _, p, _ in named])
-        zeros = torch.stack([c.cpu() for c in counts]).tolist() if counts else []
+        zeros = _to_host(counts)
     return Sparsity(
         tuple(
             LayerSparsity(name, n, p.numel(), l1)
@@ -113,16 +114,34 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
     )
 
 
+def _to_host(counts: list[Tensor]) -> list[int]:
+    """The counts as numbers, by one transfer a device and not one a count."""
+    members: dict[torch.device, list[int]] = {}
+    for i, count in enumerate(counts):
+        members.setdefault(count.device, []).append(i)
+    numbers = [0] * len(counts)
+    for indices in members.values():
+        for i, number in zip(
+            indices, torch.stack([counts[i] for i in indices]).tolist(), strict=True
+        ):
+            numbers[i] = number
+    return numbers
+
+
 def _parameters(source: nn.Module | Optimizer) -> Iterator[tuple[str, Tensor, float | None]]:
     if isinstance(source, nn.Module):
         for name, parameter in source.named_parameters():
             yield name, parameter, None
     elif isinstance(source, Optimizer):
+        # Groups of two models may use one name twice.
+        known = Counter(n for group in source.param_groups for n in group.get("param_names", ()))
         for g, group in enumerate(source.param_groups):
             names = group.get("param_names")
             l1 = float(group.get("l1", 0.0))
             for i, parameter in enumerate(group["params"]):
-                name = names[i] if names else f"param_groups[{g}]['params'][{i}]"
+                name = f"param_groups[{g}]['params'][{i}]"
+                if names:
+                    name = names[i] if known[names[i]] == 1 else f"param_groups[{g}]: {names[i]}"
                 yield name, parameter, l1
     else:
         raise TypeError(f"sparsity: {type(source).__name__} is neither a module nor an optimizer")

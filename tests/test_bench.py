@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_each_round_runs_every_step_once_and_none_always_after_the_same() -> Non
     for start in range(0, len(timed), len(keys)):
         order = timed[start : start + len(keys)]
         assert sorted(order) == sorted(keys)
-        for first, second in zip(order, order[1:], strict=False):
+        for first, second in pairwise(order):
             before[second].add(first)
     assert before == {key: set(keys) - {key} for key in keys}
 

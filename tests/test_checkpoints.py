@@ -141,7 +141,9 @@ def test_to_sgd_and_back():
     back = ProxSGD(copies_of(all_params(ours)), l1=0.5)
     back.load_state_dict(theirs.state_dict())
     assert_equal_optimizers(ours, back)
-    train(back)
+    for group, saved in zip(back.param_groups, ours.param_groups, strict=True):
+        # SGD keeps what it doesn't know in its groups, and hands it on.
+        assert (group["lr"], group["l1"]) == (saved["lr"], 0.01)
 
 
 def test_fused_is_the_live_groups():
@@ -256,3 +258,41 @@ def test_state_dict_hooks_run():
     b.register_load_state_dict_post_hook(lambda optimizer: seen.append("after"))
     b.load_state_dict(a.state_dict())
     assert seen == ["saved", "before", "after"]
+
+
+@pytest.mark.parametrize("options", [{"master_weights": True}, {}], ids=str)
+def test_what_a_load_hook_does_to_the_state_stays(options):
+    """The hook sees the state as it is to be: in its own dtypes, the checkpoint's bits."""
+
+    def optimizer():
+        return ProxSGD([nn.Parameter(torch.ones(3, dtype=torch.bfloat16))], **options)
+
+    a, b = optimizer(), optimizer()
+    train(a)
+    (saved,) = a.state.values()
+    seen = []
+
+    def reset(loaded):
+        (state,) = loaded.state.values()
+        seen.append({key: value.clone() for key, value in state.items()})
+        state["momentum_buffer"] = torch.zeros_like(state["momentum_buffer"])
+
+    b.register_load_state_dict_post_hook(reset)
+    b.load_state_dict(a.state_dict())
+    assert seen[0].keys() == saved.keys()
+    for key, value in saved.items():
+        assert_same(seen[0][key], value)
+    (state,) = b.state.values()
+    assert_same(state["momentum_buffer"], torch.zeros_like(saved["momentum_buffer"]))
+
+
+def test_a_load_hook_may_add_state_that_the_checkpoint_lacks():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = ProxSGD([w], momentum_dtype=torch.bfloat16)
+
+    def add(loaded):
+        loaded.state[w]["momentum_buffer"] = torch.ones(3)
+
+    optimizer.register_load_state_dict_post_hook(add)
+    optimizer.load_state_dict(ProxSGD([nn.Parameter(torch.ones(3))]).state_dict())
+    assert_same(optimizer.state[w]["momentum_buffer"], torch.ones(3))

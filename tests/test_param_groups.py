@@ -81,8 +81,9 @@ def test_other_biases():
         (["*.weight"], {"conv.weight", "head.0.weight", "head.2.weight"}),
         (["head.[0-1].weight", "conv.*"], {"conv.weight", "head.0.weight"}),
         (["bn.bias"], set()),
+        ("head.*", {"head.0.weight", "head.2.weight"}),
     ],
-    ids=["name", "layer", "leaf", "several", "unregularised anyway"],
+    ids=["name", "layer", "leaf", "several", "unregularised anyway", "one string"],
 )
 def test_exclude(patterns, moved):
     before, _ = split(param_groups(Net()))

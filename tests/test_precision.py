@@ -297,13 +297,14 @@ def test_a_count_is_not_believed_after_the_weights_have_changed():
 
 
 @BACKENDS
-def test_frozen_zeros_stay_and_the_others_lose_the_bias(fused):
+@pytest.mark.parametrize("l1_of_b", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
+def test_frozen_zeros_stay_and_the_others_lose_the_bias(fused, l1_of_b):
     """On (w - a)^2 / 2 training ends at the soft threshold of a; refitted, at a on its support."""
     a = torch.tensor([3.0, -2.0, 0.5, 0.05, -0.04, 0.0])
     w = torch.nn.Parameter(torch.zeros(6))
     b = torch.nn.Parameter(torch.zeros(1))
     optimizer = ProxSGD(
-        [{"params": [w], "l1": 0.1}, {"params": [b], "l1": 0.0}],
+        [{"params": [w], "l1": 0.1}, {"params": [b], "l1": l1_of_b}],
         0.1,
         weight_decay=0.0,
         fused=fused,
@@ -324,6 +325,9 @@ def test_frozen_zeros_stay_and_the_others_lose_the_bias(fused):
     assert w[3:].tolist() == [0.0, 0.0, 0.0]
     again = ProxSGD([{"params": [w], "l1": 0.1}, {"params": [b], "l1": 0.0}])
     again.load_state_dict(optimizer.state_dict())
+    assert [g["frozen_zeros"] for g in again.param_groups] == [True, False]
+    again = ProxSGD([{"params": [w], "l1": torch.tensor(0.1)}, {"params": [b], "l1": l1_of_b}])
+    again.freeze_zeros()
     assert [g["frozen_zeros"] for g in again.param_groups] == [True, False]
     optimizer.freeze_zeros(False)
     train()

@@ -426,6 +426,21 @@ def test_closure(fused):
     assert optimizer.step() is None
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("size", [3, 5000])
+def test_a_default_device_is_none_of_the_steps_business(size, fused):
+    """As where a user has called torch.set_default_device; what the step needs it puts itself."""
+    plain, under = (torch.nn.Parameter(torch.linspace(-1, 1, size)) for _ in range(2))
+    optimizers = [ProxSGD([w], 0.1, l1=0.1, nesterov=True, fused=fused) for w in (plain, under)]
+    for w in (plain, under):
+        w.grad = torch.ones(size)
+    for _ in range(2):
+        optimizers[0].step(grad_coefficient=0.5)
+        with torch.device("meta"):
+            optimizers[1].step(grad_coefficient=0.5)
+    assert torch.equal(plain, under)
+
+
 def test_a_closure_that_raises_changes_nothing():
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)

@@ -16,6 +16,7 @@ BAD_OPTIONS = [
     ("lr", math.nan, "must be finite and not negative"),
     ("lr", math.inf, "must be finite and not negative"),
     ("lr", "fast", "must be a number"),
+    ("lr", "0.1", "must be a number"),
     ("lr", None, "must be a number"),
     ("lr", torch.tensor([0.1, 0.2]), "must be a number"),
     ("lr", torch.tensor(-0.5), "must be finite and not negative"),
@@ -34,6 +35,9 @@ BAD_OPTIONS = [
     ("l2_mode", "decoupled", "must be one of ('coupled', 'proximal')"),
     ("l2_mode", None, "must be one of ('coupled', 'proximal')"),
     ("fused", "yes", "must be None, True or False"),
+    ("fused", 0, "must be None, True or False"),
+    ("momentum_dtype", torch.float16, "must be None, torch.float32 or torch.bfloat16"),
+    ("momentum_dtype", "bfloat16", "must be None, torch.float32 or torch.bfloat16"),
 ]
 IDS = [
     f"{key} {'of two' if isinstance(value, torch.Tensor) and value.numel() > 1 else value}"
@@ -53,8 +57,8 @@ def snapshot(optimizer):
     held = []
     for group in optimizer.param_groups:
         for p in group["params"]:
-            buffer = optimizer.state.get(p, {}).get("momentum_buffer")
-            for t in (p, p.grad, buffer):
+            state = optimizer.state.get(p, {})
+            for t in (p, p.grad, state.get("momentum_buffer"), state.get("master_weight")):
                 strided = isinstance(t, torch.Tensor) and t.layout is torch.strided
                 readable = strided and t.device.type == "cpu"
                 held.append(
@@ -218,6 +222,49 @@ def test_momentum_that_is_no_real_tensor(fused, named, buffer, words):
 
 @FUSED
 @NAMED
+@pytest.mark.parametrize("loaded", [False, True], ids=["at the step", "when loading"])
+def test_momentum_that_overlaps_itself(fused, named, loaded):
+    """torch refuses to write to it, but only after the tensors before it would have moved."""
+    optimizer = optimizer_of(fused=fused, named=named)
+    words = (place(named), "momentum_buffer overlaps itself in memory", "strides (0, 0)")
+    overlapping = torch.zeros(()).expand(5, 3)
+    if loaded:
+        saved = optimizer.state_dict()
+        saved["state"][5] = {"momentum_buffer": overlapping}
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match="overlaps") as caught:
+            optimizer.load_state_dict(saved)
+        assert all(word in str(caught.value) for word in words)
+        assert snapshot(optimizer) == before
+    else:
+        optimizer.state[last_parameter(optimizer)]["momentum_buffer"] = overlapping
+        assert_refused(optimizer, ValueError, *words)
+
+
+@NAMED
+def test_a_parameter_listed_twice(named):
+    """It would have two updates at once, on one momentum buffer."""
+    w, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    listed = [("w", w), ("b", b), ("again", w)] if named else [w, b, w]
+    first, again = ("0] (w)", "2] (again)") if named else ("0]", "2]")
+    with pytest.raises(ValueError, match="same parameter") as caught:
+        ProxSGD(listed)
+    assert f"param_groups[0]['params'][{again}" in str(caught.value)
+    assert f"['params'][{first}" in str(caught.value)
+    optimizer = optimizer_of()
+    with pytest.raises(ValueError, match=re.escape("param_groups[2]['params'][1]")):
+        optimizer.add_param_group({"params": [b, b]})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_a_group_that_is_no_dict():
+    optimizer = optimizer_of()
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        optimizer.add_param_group(nn.Parameter(torch.ones(3)))
+
+
+@FUSED
+@NAMED
 def test_sparse_gradient(fused, named):
     optimizer = optimizer_of(fused=fused, named=named)
     p = last_parameter(optimizer)
@@ -317,7 +364,7 @@ def checkpoint_of(shapes, momentum=0.9):
     ("shapes", "words"),
     [
         ([(5, 3), (5, 3), (5, 4)], "momentum_buffer's shape is (5, 4)"),
-        ([(5, 3), (5, 3)], "size"),
+        ([(5, 3), (5, 3)], "param_groups[0]: the checkpoint has 2 parameters: must be 3"),
         ([(5, 3), (5, 3), (15,)], "momentum_buffer's shape is (15,)"),
     ],
     ids=["another shape", "fewer parameters", "as many elements"],
@@ -335,7 +382,7 @@ def test_checkpoint_of_another_model(shapes, words):
 def test_checkpoint_with_another_number_of_groups():
     optimizer = optimizer_of(groups=2)
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="group"):
+    with pytest.raises(ValueError, match="the checkpoint has 1 param_groups: must be 2"):
         optimizer.load_state_dict(checkpoint_of([(5, 3)] * 3))
     assert snapshot(optimizer) == before
 

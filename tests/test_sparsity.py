@@ -90,6 +90,17 @@ def test_of_an_optimizer_without_names():
     ]
 
 
+def test_layers_of_one_name_are_told_apart():
+    nets = [nn.Linear(2, 2, bias=False), nn.Linear(3, 3, bias=False)]
+    found = sparsity(ProxSGD([{"params": net.named_parameters()} for net in nets]))
+    layers = found.to_dict()["layers"]
+    assert {name: layer["size"] for name, layer in layers.items()} == {
+        "param_groups[0]: weight": 4,
+        "param_groups[1]: weight": 9,
+    }
+    assert [layer.name for layer in found.layers] == list(layers)
+
+
 def test_of_another_optimizer():
     found = sparsity(torch.optim.SGD(model_with_zeros().parameters(), lr=0.1))
     assert (found.zeros, found.size) == (6, 35)
