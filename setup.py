@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +33,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+OLDEST_ARCHITECTURE = 70  # __grid_constant__ needs it
 CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-lineinfo"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Rounding is part of the contract: nothing may be fused that the source doesn't fuse. The other two
@@ -81,14 +82,15 @@ def driver_version() -> int:
 
 
 def find_nvcc() -> str | None:
-    """Nvcc from the PATH, or the one that PyPI's packages bring along."""
+    """Nvcc from the PATH, from where toolkits usually lie, or from PyPI's packages."""
     nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        for folder in sys.path:
-            candidate = Path(folder or ".") / "nvidia" / "cu13" / "bin" / "nvcc"
-            if candidate.is_file():
-                return str(candidate)
-    return nvcc
+    if nvcc is not None:
+        return nvcc
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [Path(home) for home in homes if home]
+    folders += [Path(folder or ".") / "nvidia" / "cu13" for folder in sys.path]
+    found = (shutil.which("nvcc", path=str(folder / "bin")) for folder in folders)
+    return next(filter(None, found), None)
 
 
 def cuda_left_out() -> str:
@@ -137,15 +139,27 @@ class Cuda:
         if top is None:
             raise CompileError(f"{nvcc} does not say where its toolkit is (nvcc --dryrun)")
         self.root = Path(top.group(1)).resolve()
+        release = re.search(r"release (\d+)\.(\d+)", run([nvcc, "--version"]))
+        if release is None:
+            raise CompileError(f"{nvcc} does not say which release it is (nvcc --version)")
+        # What a kernel's parameters may take: csrc/cuda/kernel.h.
+        large = (int(release[1]), int(release[2])) >= (12, 1)
+        self.defines = [f"-DPROX_SGD_PARAMETER_BYTES={32764 if large else 4096}"]
         self.cxx = cxx
 
     def _architectures(self, known: set[int]) -> tuple[list[int], list[int]]:
         listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
         if listed:
             sass, ptx = [], []
+            oldest = max(OLDEST_ARCHITECTURE, min(known))
             for entry in listed:
-                match = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", entry)
+                # The suffixes of 9.0a and 10.0f ask for instructions that aren't used here.
+                match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
                 number = int(match[1] + match[2]) if match else 0
+                if match and number < oldest:
+                    # A list that is meant for other programs too may well begin with older ones.
+                    print(f"resnet_reg_ext: TORCH_CUDA_ARCH_LIST: {entry} is left out, too old")
+                    continue
                 if match is None or number not in known:
                     raise CompileError(
                         f"TORCH_CUDA_ARCH_LIST: {entry!r} is not an architecture that {self.nvcc} "
@@ -154,6 +168,10 @@ class Cuda:
                 sass.append(number)
                 if match[3]:
                     ptx.append(number)
+            if not sass:
+                raise CompileError(
+                    f"TORCH_CUDA_ARCH_LIST={' '.join(listed)}: all are older than {oldest / 10:.1f}"
+                )
             return sass, ptx
         sass = [n for n in (int(a.replace(".", "")) for a in ARCHITECTURES) if n in known]
         return sass, sass[-1:]
@@ -170,7 +188,13 @@ class Cuda:
         code += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in self.ptx]
         if not has_kernels:
             code = code[:1]
-        return [*CUDA_FLAGS, *code, "--threads=0", f"-ccbin={self.cxx}", "-Xcompiler=-fPIC"]
+        # nvcc wants a compiler, and not what may stand before one, as in "ccache g++".
+        words = shlex.split(self.cxx)
+        while len(words) > 1 and Path(words[0]).name in ("ccache", "sccache", "distcc", "env"):
+            words = words[1:]
+        host = [f"-ccbin={words[0]}", *(f"-Xcompiler={word}" for word in words[1:])]
+        host += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+        return [*CUDA_FLAGS, *self.defines, *code, "--threads=0", *host]
 
     @property
     def runtime(self) -> Path:
@@ -185,8 +209,13 @@ class Cuda:
 
 def find_cxx() -> str:
     """The C++ compiler, or an end with one clear sentence."""
-    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
-        if name and shutil.which(name.split()[0]):
+    chosen = os.environ.get("CXX")
+    if chosen:
+        if shutil.which(shlex.split(chosen)[0]) is None:
+            raise SystemExit(f"resnet_reg_ext: CXX={chosen}: there is no such program")
+        return chosen
+    for name in ("g++", "c++", "clang++"):
+        if shutil.which(name):
             return name
     raise SystemExit(
         "resnet_reg_ext: no C++ compiler was found. Install one (g++ or clang++), or set "
@@ -214,21 +243,21 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         return [str(p.relative_to(ROOT)) for p in sorted(CSRC.rglob("*")) if p.is_file()]
 
     def _ninja(self, folder: Path) -> None:
-        if importlib.util.find_spec("ninja") is not None:
-            command = [sys.executable, "-m", "ninja"]
-        else:
-            command = ["ninja"]
+        command = [sys.executable, "-m", "ninja"]
         if self.verbose or os.environ.get("VERBOSE"):
             command.append("-v")
         if subprocess.run(command, cwd=folder, check=False).returncode != 0:
-            raise CompileError("resnet_reg_ext: the native module did not compile; see above")
+            raise CompileError(
+                "resnet_reg_ext: the native module did not compile; see above. To do without a "
+                "part: RESNET_REG_EXT_CUDA=0 leaves CUDA out, RESNET_REG_EXT_NATIVE=0 all of it."
+            )
 
-    def _accepted(self, cxx: str, flags: list[str]) -> bool:
-        """Whether the compiler and linker take these flags."""
+    def _accepted(self, cxx: str, flags: list[str], code: str = "int main() {}") -> bool:
+        """Whether compiler and linker take these flags, for a program."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
-            source.write_text("int main() { return 0; }\n")
-            command = [*cxx.split(), *flags, str(source), "-o", str(Path(folder, "probe"))]
+            source.write_text(f"{code}\n")
+            command = [*shlex.split(cxx), *flags, str(source), "-o", str(Path(folder, "probe"))]
             return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def _write(self, folder: Path, output: Path) -> None:
@@ -251,12 +280,14 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
                     "resnet_reg_ext: RESNET_REG_EXT_CUDA=1, but no nvcc was found: put one on the "
                     "PATH, or build with isolation, which gets it from PyPI."
                 )
-            cuda = Cuda(nvcc, cxx.split()[0])
+            cuda = Cuda(nvcc, cxx)
         if left_out:
             print(f"resnet_reg_ext: building without CUDA: {left_out}", file=sys.stderr)
 
-        x86 = platform.machine() in ("x86_64", "AMD64")
-        openmp = ["-fopenmp"] if self._accepted(cxx, ["-fopenmp"]) else []
+        avx2 = ["-mavx2", "-mfma", "-mf16c"]
+        has_avx2 = self._accepted(cxx, avx2)
+        uses_openmp = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }"
+        openmp = ["-fopenmp"] if self._accepted(cxx, ["-fopenmp"], uses_openmp) else []
         sanitizers = os.environ.get("RESNET_REG_EXT_SANITIZE", "")
         instrument = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1"]
         common = CXX_FLAGS + (instrument if sanitizers else [])
@@ -267,7 +298,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
 
         values = {
             "PROX_SGD_VERSION": text(self.distribution.get_version()),
-            "PROX_SGD_COMPILER": text(run([*cxx.split(), "--version"]).splitlines()[0]),
+            "PROX_SGD_COMPILER": text(run([*shlex.split(cxx), "--version"]).splitlines()[0]),
             "PROX_SGD_SANITIZERS": text(sanitizers),
             "PROX_SGD_CUDA_ARCHITECTURES": text(" ".join(cuda.names) if cuda else ""),
             "PROX_SGD_CUDA_FLAGS": text(" ".join(CUDA_FLAGS)),
@@ -289,18 +320,21 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
             "cpu_plan": ("cpu/plan.cpp", common),
             "cpu_prox_sgd": (
                 "cpu/prox_sgd.cpp",
-                [*common, *KERNEL_FLAGS, *openmp, *(["-DPROX_SGD_HAS_AVX2"] if x86 else [])],
+                [*common, *KERNEL_FLAGS, *openmp, *(["-DPROX_SGD_HAS_AVX2"] if has_avx2 else [])],
             ),
             "cpu_baseline": (
                 "cpu/kernel.cpp",
                 [*common, *KERNEL_FLAGS, "-DPROX_SGD_SIMD=baseline"],
             ),
-            "cuda_plan": ("cuda/plan.cpp", [*common, "-ffp-contract=off"]),
+            "cuda_plan": (
+                "cuda/plan.cpp",
+                [*common, "-ffp-contract=off", *(cuda.defines if cuda else [])],
+            ),
         }
-        if x86:
+        if has_avx2:
             sources["cpu_avx2"] = (
                 "cpu/kernel.cpp",
-                [*common, *KERNEL_FLAGS, "-mavx2", "-mfma", "-mf16c", "-DPROX_SGD_SIMD=avx2"],
+                [*common, *KERNEL_FLAGS, *avx2, "-DPROX_SGD_SIMD=avx2"],
             )
         if cuda is None:
             sources["cuda_absent"] = ("cuda/absent.cpp", common)
@@ -320,7 +354,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
                 ninja.build(
                     f"{name}.o",
                     "cxx",
-                    ninja_syntax.escape_path(str(CSRC / source)),
+                    str(CSRC / source),
                     variables={"flags": " ".join(map(quote, flags))},
                 )
             link = ["-shared", *openmp, *(instrument[:1] if sanitizers else [])]
@@ -337,7 +371,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
                     ninja.build(
                         f"cuda_{name}.o",
                         "cuda",
-                        ninja_syntax.escape_path(str(CSRC / "cuda" / f"{name}.cu")),
+                        str(CSRC / "cuda" / f"{name}.cu"),
                         variables={"flags": " ".join(map(quote, cuda.flags(has_kernels)))},
                     )
                 link += [str(cuda.runtime), "-ldl", "-lrt", "-lpthread"]
@@ -347,7 +381,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
                 link += ["-Wl,-s"]
             ninja.rule("link", f"{cxx} $in -o $out $flags", description="LINK $out")
             ninja.build(
-                ninja_syntax.escape_path(str(output)),
+                str(output),
                 "link",
                 objects,
                 variables={"flags": " ".join(map(quote, link))},
@@ -356,8 +390,6 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
 
 def quote(word: str) -> str:
     """A word for a shell command in build.ninja."""
-    import shlex
-
     return shlex.quote(word).replace("$", "$$")
 
 

@@ -131,10 +131,18 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of resnet_reg_ext: the fused ProxSGD step on CPU and CUDA.";
 
-  py::class_<Reading>(m, "Reading", "Tensors that were read and checked; borrows their memory.")
+  // The Python exception is still set.
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const Interrupted&) {
+    }
+  });
+
+  py::class_<Reading>(m, "Reading", "Tensors that were read and checked.")
       .def_property_readonly(
           "misfits",
           [](const Reading& reading) {
@@ -173,10 +181,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                reinterpret_cast<int64_t*>(zeros));
           },
           py::arg("params"), py::arg("grads"), py::arg("momenta").none(true),
-          py::arg("masters").none(true), py::arg("zeros"),
-          // A reading is made of addresses: the lists that own them live as long.
-          py::keep_alive<0, 2>(), py::keep_alive<0, 3>(), py::keep_alive<0, 4>(),
-          py::keep_alive<0, 5>())
+          py::arg("masters").none(true), py::arg("zeros"))
       .def(
           "gather",
           [](const TensorReader& reader, py::list params, py::dict state, bool momenta,
@@ -184,19 +189,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             auto found = reader.gather(params.ptr(), state.ptr(), momenta, masters,
                                        reinterpret_cast<int64_t*>(zeros), &position);
             if (!found) return py::none();
-            py::tuple taken(6);
-            py::object reading = py::cast(std::move(found->reading));
-            int i = 0;
-            for (OwnedObject* list :
-                 {&found->params, &found->grads, &found->momenta, &found->masters}) {
-              py::object held = py::none();
-              if (*list) held = py::reinterpret_steal<py::object>(list->release());
-              py::detail::keep_alive_impl(reading, held);
-              taken[i++] = held;
-            }
-            taken[4] = reading;
-            taken[5] = position;
-            return taken;
+            const auto held = [](OwnedObject& list) -> py::object {
+              if (!list) return py::none();
+              return py::reinterpret_steal<py::object>(list.release());
+            };
+            return py::make_tuple(held(found->params), held(found->grads), held(found->momenta),
+                                  held(found->masters), std::move(found->reading), position);
           },
           py::arg("params"), py::arg("state"), py::arg("momenta"), py::arg("masters"),
           py::arg("zeros"), py::arg("position"),

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace prox_sgd {
@@ -104,8 +105,9 @@ struct DeviceValues {
 void prox_sgd(const std::vector<Operands>& operands, Kind kind, const Options& options,
               const DeviceValues& values, int device, void* stream);
 
-// Why this build cannot run on `device`, or an empty string where it can. Asked once a device.
-const char* why_unusable(int device);
+// Why this build cannot run on `device`, or an empty string where it can. Found out once a device,
+// unless it is for want of something that may come back, as memory.
+std::string why_unusable(int device);
 
 int toolkit_version();  // CUDART_VERSION of the build, 0 without CUDA
 

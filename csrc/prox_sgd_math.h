@@ -142,12 +142,17 @@ PROX_SGD_HD float load(Half x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(x.bits));
 #else
-  // Moves exponent and mantissa to where float32 has them and rescales by 2^112, which is exact and
-  // normalises float16's subnormals; infinities and NaNs get float32's exponent. Free of branches,
-  // so that compilers vectorise it.
+  // Moves exponent and mantissa to where float32 has them and raises the exponent by 112;
+  // infinities and NaNs get float32's. A subnormal's mantissa is put behind 2^-14, which is then
+  // taken away: in float32 it is a normal number, and must be one where a user has subnormals
+  // flushed to zero. Free of branches, so that compilers vectorise it.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-  const uint32_t finite_or_not = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : scaled;
+  const uint32_t smallest_normal = 113u << 23;  // 2^-14
+  const float subnormal =
+      bit_cast<float>(smallest_normal | magnitude) - bit_cast<float>(smallest_normal);
+  const uint32_t normal = magnitude + (112u << 23);
+  const uint32_t finite = magnitude < 0x00800000u ? bit_cast<uint32_t>(subnormal) : normal;
+  const uint32_t finite_or_not = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : finite;
   return bit_cast<float>(finite_or_not | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
 #endif
 }

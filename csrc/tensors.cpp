@@ -155,6 +155,12 @@ OwnedObject share(PyObject* object) {
   return OwnedObject(object);
 }
 
+// Forgets the Python error that there may be, as what can't be read is told of in another way.
+void forget_error() {
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) throw Interrupted();
+  PyErr_Clear();
+}
+
 }  // namespace
 
 TensorReader::TensorReader(PyObject* exchange_api, PyObject* describe, PyObject* stream,
@@ -215,14 +221,14 @@ bool TensorReader::view(PyObject* tensor, View* out, Dims* kept) const {
   dlpack::Tensor& t = out->tensor;
   if (api_ != nullptr) {
     if (api_->dltensor_from_py_object_no_sync(tensor, &t) != 0) {
-      PyErr_Clear();
+      forget_error();
       return false;
     }
     return t.ndim <= kMostDims;
   }
   const OwnedObject description(PyObject_CallOneArg(describe_.get(), tensor));
   if (!description) {
-    PyErr_Clear();
+    forget_error();
     return false;
   }
   unsigned long long address = 0;
@@ -249,7 +255,7 @@ bool TensorReader::view(PyObject* tensor, View* out, Dims* kept) const {
     }
     good = PyErr_Occurred() == nullptr;
   }
-  PyErr_Clear();
+  forget_error();
   return good;
 }
 
@@ -360,7 +366,7 @@ void TensorReader::Block::look_for_negation() {
     fetch_ahead(tensors_[1], i, size_);
     PyObject* negated = reader_.negated(tensors_[1][i]);
     Py_XDECREF(negated);  // what Python knows as True and False outlives us
-    if (negated == nullptr) PyErr_Clear();
+    if (negated == nullptr) forget_error();
     if (negated != Py_False) {
       reasons_[i] = negated == Py_True ? Unfit::negated : Unfit::unreadable;
     }
@@ -407,7 +413,7 @@ Unfit TensorReader::Block::compare(Py_ssize_t i, Kind* kind, Operands* out) cons
   if (!p.dense()) return Unfit::not_dense;
   if (!same_layout) return Unfit::layout;
   if (!readable) return Unfit::unreadable;
-  if (device.device_type == dlpack::kCUDA && cuda::why_unusable(device.device_id)[0] != '\0') {
+  if (device.device_type == dlpack::kCUDA && !cuda::why_unusable(device.device_id).empty()) {
     return Unfit::no_cuda;
   }
   return Unfit::fit;
@@ -426,6 +432,7 @@ Py_ssize_t TensorReader::Block::read(Py_ssize_t first, int64_t* zeros, Sorter* s
       misfits->push_back({first + i, reason});
       continue;
     }
+    if (operands.numel == 0) continue;  // nothing to do, wherever it is
     if (zeros != nullptr) operands.zeros = zeros + first + i;
     sorter->add(views_[0][i].tensor.device, kind, operands);
   }
@@ -436,6 +443,7 @@ Py_ssize_t TensorReader::Block::read(Py_ssize_t first, int64_t* zeros, Sorter* s
 Reading TensorReader::read(PyObject* params, PyObject* grads, PyObject* momenta, PyObject* masters,
                            int64_t* zeros) const {
   Reading reading;
+  reading.owners = {share(params), share(grads), share(momenta), share(masters)};
   const auto item = [](PyObject* list, Py_ssize_t i) {
     return list == Py_None ? nullptr : PyList_GET_ITEM(list, i);
   };
@@ -461,7 +469,7 @@ std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, 
                     OwnedObject(with_momenta ? PyList_New(count) : nullptr),
                     OwnedObject(with_masters ? PyList_New(count) : nullptr), Reading{}};
   const auto nothing = [] {
-    PyErr_Clear();
+    forget_error();
     return std::nullopt;
   };
   OwnedObject* const lists[] = {&gathered.params, &gathered.grads, &gathered.momenta,
@@ -538,6 +546,7 @@ std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, 
       return nothing();
     }
   }
+  for (int t = 0; t < Block::kTensors; ++t) gathered.reading.owners[t] = share(lists[t]->get());
   *position = here;
   return gathered;
 }
@@ -553,7 +562,7 @@ void* TensorReader::current_stream(int32_t device_type, int32_t device_id) const
     told = PyErr_Occurred() == nullptr;
     Py_DECREF(address);
   }
-  PyErr_Clear();
+  forget_error();
   if (!told) throw std::runtime_error("ProxSGD: torch did not tell its current stream");
   return stream;
 }

@@ -3,6 +3,7 @@
 
 #include <Python.h>
 
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <optional>
@@ -63,10 +64,15 @@ struct Misfit {
   Unfit reason;
 };
 
+// Tensors that were read and checked, and the lists that own them: what is read are addresses.
 struct Reading {
   std::vector<Bucket> buckets;
   std::vector<Misfit> misfits;  // in order of index
+  std::array<OwnedObject, 4> owners;
 };
+
+// A Python exception that isn't for this code to handle, as Ctrl-C's: it is still set.
+struct Interrupted {};
 
 // Parameters with what a step of them takes: Python lists of one length, and their reading. Where
 // the state has no such tensors, the list is null.
@@ -95,8 +101,8 @@ class TensorReader {
 
   // Reads params[i], grads[i], momenta[i] and masters[i]; the last two are Py_None or lists. The
   // lists must be Python lists of one length. `zeros`: an array of counters, one a parameter, or
-  // null. What does not fit is in `misfits` and in no bucket; nothing is raised for a tensor,
-  // whatever it is.
+  // null. What does not fit is in `misfits` and in no bucket, nor is what has no elements; nothing
+  // is raised for a tensor, whatever it is. Throws Interrupted, as gather() does.
   Reading read(PyObject* params, PyObject* grads, PyObject* momenta, PyObject* masters,
                int64_t* zeros) const;
 

@@ -77,9 +77,11 @@ def use_exchange_api(enable: bool = True) -> None:
     global _reader
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None) if enable else None
     # DLPack tells nothing of lazy negation (torch._neg_view, x.conj().imag).
-    _reader = _C.TensorReader(
-        api, _describe, _current_stream, Tensor.is_neg, Tensor, torch.nn.Parameter
-    )
+    others = (_describe, _current_stream, Tensor.is_neg, Tensor, torch.nn.Parameter)
+    try:
+        _reader = _C.TensorReader(api, *others)
+    except ValueError:  # what stands there is something else: other libraries set the attribute too
+        _reader = _C.TensorReader(None, *others)
 
 
 _reader: Any = None
@@ -104,7 +106,7 @@ def read(
     masters: list[Tensor] | None,
     zeros: Tensor | None,
 ) -> Any:
-    """Reads and checks lists of tensors; the result borrows their memory.
+    """Reads and checks lists of tensors; the result keeps them alive.
 
     ``zeros``: int64 counters, one a parameter, on the parameters' one device.
     """

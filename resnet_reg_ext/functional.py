@@ -420,7 +420,7 @@ def prepare_prox_sgd(
 
     if values is not None:
         why = ""
-        if not native or not bucket.params[0].is_cuda:
+        if not native or not all(param.is_cuda for param in bucket.params):
             why = "the step runs on the host or in pure PyTorch"
         elif bucket.first:
             why = "it is a parameter's first step: take one before the capture"

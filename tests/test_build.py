@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from ptx import compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_CUDA = {"RESNET_REG_EXT_CUDA": "0"}
@@ -63,8 +65,8 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="module")
 def clean_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sources alone, as a clone has them."""
-    folder = tmp_path_factory.mktemp("clone")
+    """The sources alone, as a clone has them, in a folder whose name isn't the easiest."""
+    folder = tmp_path_factory.mktemp("a clone: of it")
     for name in ("csrc", "resnet_reg_ext", "bench"):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
@@ -227,16 +229,69 @@ def test_an_unknown_architecture_is_named_with_those_that_are_known(clean_copy: 
     assert "9.0" in result.stderr.split("knows")[-1]
 
 
-def test_chosen_architectures_are_built(clean_copy: Path) -> None:
+def test_a_list_of_architectures_that_are_all_too_old_is_an_error(clean_copy: Path) -> None:
+    result = configure(clean_copy, RESNET_REG_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="3.5 6.1")
+    assert result.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST=3.5 6.1: all are older than" in result.stderr
+
+
+def test_a_compiler_that_is_not_there_is_named(clean_copy: Path) -> None:
+    result = configure(clean_copy, CXX="/no/such/g++ -m64", **WITHOUT_CUDA)
+    assert result.returncode != 0
+    assert "CXX=/no/such/g++ -m64: there is no such program" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def nvcc_of_release(folder: Path, release: str) -> Path:
+    """A toolkit's folder with the nvcc of the tests, which says that it is another release."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && '
+        f"echo 'Cuda compilation tools, release {release}, V{release}.1' && exit\n"
+        f'exec {compiler.find_nvcc()} "$@"\n'
+    )
+    nvcc.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(("release", "parameter_bytes"), [("12.0", 4096), ("13.0", 32764)])
+def test_chosen_architectures_are_built(
+    clean_copy: Path, tmp_path: Path, release: str, parameter_bytes: int
+) -> None:
+    """With a toolkit that is not on the PATH, and a compiler that is called by way of a program."""
     # Wheels for other Pythons may have been built in the same copy.
     shutil.rmtree(clean_copy / "build", ignore_errors=True)
-    result = configure(clean_copy, RESNET_REG_EXT_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    without_nvcc = [
+        folder
+        for folder in os.environ["PATH"].split(os.pathsep)
+        if not Path(folder, "nvcc").exists()
+    ]
+    result = configure(
+        clean_copy,
+        RESNET_REG_EXT_CUDA="1",
+        TORCH_CUDA_ARCH_LIST="5.2 8.0;9.0a+PTX",
+        CXX="env g++ -DNOTHING=1",
+        CUDA_HOME=str(nvcc_of_release(tmp_path / "toolkit", release)),
+        PATH=os.pathsep.join(without_nvcc),
+    )
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "5.2 is left out, too old" in result.stdout
     (module,) = clean_copy.glob("build/lib*/resnet_reg_ext/_C*.so")
     script = (
         "import importlib.util, sys\n"
         "spec = importlib.util.spec_from_file_location('_C', sys.argv[1])\n"
         "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)\n"
         "print(m.build_info()['cuda_architectures'])\n"
+        "plan = m.plan_prox_sgd_cuda('float32', [(16, 32, 48, 0, 0, 1)] * 700, *[0.0] * 5,\n"
+        "                            *[False] * 4, 1.0, 1.0, False)\n"
+        "print(*{len(launch['parameters']) for launch in plan})\n"
     )
-    assert run([sys.executable, "-c", script, str(module)]).stdout.strip() == "8.0 9.0+PTX"
+    architectures, table = run([sys.executable, "-c", script, str(module)]).stdout.splitlines()
+    assert architectures == "8.0 9.0+PTX"
+    assert parameter_bytes - 64 < int(table) <= parameter_bytes
+    # What the kernels take is in their machine code's description.
+    code = run([str(compiler.find_tool("cuobjdump")), "-elf", "-arch=sm_80", str(module)]).stdout
+    sizes = re.findall(r"EIATTR_CBANK_PARAM_SIZE\s+Format:\s+\w+\s+Value:\s+(0x[0-9a-f]+)", code)
+    assert int(table) in {int(size, 16) for size in sizes}
+    assert max(int(size, 16) for size in sizes) <= parameter_bytes

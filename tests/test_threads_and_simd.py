@@ -11,6 +11,7 @@ import torch
 from reference import assert_same
 
 from resnet_reg_ext import ProxSGD, _native
+from resnet_reg_ext.functional import prox_sgd_
 
 CHUNK = 32768
 # Chunks inside a tensor, chunks of many tensors, and tensors that cross a chunk's end.
@@ -69,6 +70,46 @@ def test_every_thread_count_and_level(options, dtype):
             actual = trajectory(dtype, OPTIONS[options])
             for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
                 assert_same(a, b, f"{level}, {threads} threads, tensor {i}")
+
+
+@pytest.fixture
+def flushing():
+    """Subnormal results become zero, and subnormal operands are taken for zero.
+
+    Set as a user would, when there are threads already: new ones would take it over.
+    """
+    torch.set_num_threads(4)
+    p = torch.zeros(64 * CHUNK)
+    prox_sgd_([p], [torch.ones_like(p)], lr=1.0, fused=True)
+    if not torch.set_flush_denormal(True):
+        pytest.fail("this processor can't flush subnormals")
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.usefixtures("runtime", "flushing")
+@pytest.mark.parametrize("level", LEVELS)
+def test_float16s_subnormals_are_no_subnormals_to_compute_with(level):
+    """In float32 they are ordinary numbers, gradients of ordinary size among them."""
+    _native._C.set_simd_level(level)
+    small = torch.arange(0, 1100, dtype=torch.int16).view(torch.float16)  # and some normal ones
+    p, g = torch.zeros_like(small), small.clone()
+    prox_sgd_([p], [g], lr=1.0, fused=True)
+    assert_same(p, torch.where(small == 0, small, -small))
+
+
+@pytest.mark.usefixtures("runtime", "flushing")
+@pytest.mark.parametrize("level", LEVELS)
+def test_all_threads_flush_subnormals_if_the_caller_does(level):
+    """torch.set_flush_denormal changes the thread that calls it, none of those that wait."""
+    _native._C.set_simd_level(level)
+    # By its bits, as a number it would be zero.
+    g = torch.full((64 * CHUNK,), 1000, dtype=torch.int32).view(torch.float32)
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        p = torch.zeros_like(g)
+        prox_sgd_([p], [g], lr=1.0, fused=True)
+        assert (p.view(torch.int32) == 0).all()
 
 
 def extremes(dtype):

@@ -9,7 +9,8 @@
 #include <type_traits>
 
 #include "../prox_sgd_math.h"
-#if defined(__AVX2__)
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define PROX_SGD_HAS_LANES
 #include "lanes.h"
 #endif
 
@@ -56,8 +57,9 @@ update_each(const Coefficients<typename T::Compute>& c, typename T::Param* __res
 template <typename T, typename V>
 inline __attribute__((always_inline)) int64_t update_each(
     const Coefficients<typename T::Compute>& c, const Piece<T>& at, int64_t begin, int64_t size) {
-  return update_each<T, V>(c, at.param + begin, at.grad + begin, at.momentum + begin,
-                           at.weight + begin, size);
+  // Where there is no buffer, its pointer is null, which nothing may be added to.
+  auto* momentum = V::kMode == Momentum::none ? at.momentum : at.momentum + begin;
+  return update_each<T, V>(c, at.param + begin, at.grad + begin, momentum, at.weight + begin, size);
 }
 
 // A number of elements that make up whole cache lines of the widest array.
@@ -75,7 +77,7 @@ inline __attribute__((always_inline)) void prefetch(const Piece<T>& at, int64_t 
   if constexpr (T::has_master) __builtin_prefetch(at.weight + i, 0, 0);
 }
 
-#if defined(__AVX2__)
+#if defined(PROX_SGD_HAS_LANES)
 
 // Updates as many elements from i on as Floats holds.
 template <typename T, typename V>
@@ -125,7 +127,7 @@ int64_t update_range(const Operands& operands, const void* coefficients, int64_t
   const auto c = *static_cast<const Coefficients<C>*>(coefficients);
   const auto at = piece_from<T>(operands, 0);
   const int64_t ahead = lines_ahead * kLine<T>;
-#if defined(__AVX2__)
+#if defined(PROX_SGD_HAS_LANES)
   if constexpr (std::is_same_v<C, float>) return update_floats<T, V>(c, at, begin, end, ahead);
 #endif
   int64_t zeros = 0;

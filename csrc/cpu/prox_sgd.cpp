@@ -11,6 +11,9 @@
 #if defined(PROX_SGD_HAS_AVX2)
 #include <cpuid.h>
 #endif
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 #if defined(_OPENMP)
 #include <dlfcn.h>
 #include <omp.h>
@@ -29,18 +32,43 @@ Kernel kernel_at(Simd level, Kind kind, Momentum mode, Steps steps, bool counts)
   return baseline::kernel(kind, mode, steps, counts);
 }
 
+#if defined(PROX_SGD_HAS_AVX2)
+bool is_zen_1_or_2() {
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  const bool amd = __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
+  return amd && __get_cpuid(1, &a, &b, &c, &d) && (a >> 8 & 0xf) == 0xf && (a >> 20 & 0xff) == 8;
+}
+#endif
+
 // How many cache lines before its use to ask for memory: bandwidth times latency, so more on newer
 // processors. Measured (bench/NOTES.md): Zen 5 is best with 20 to 64 and loses 3 to 15 % at 6; Zen
 // 1 is best with 6, or 12 where storage types mix, and loses 9 % at 24. All others are untried, and
 // taken for newer ones.
 int64_t lines_ahead(Kind kind) {
 #if defined(PROX_SGD_HAS_AVX2)
-  static const bool old = __builtin_cpu_is("znver1") || __builtin_cpu_is("znver2");
+  static const bool old = is_zen_1_or_2();
   if (old) return kind <= Kind::bfloat16 ? 6 : 12;
 #endif
   (void)kind;
   return 32;
 }
+
+// How a thread's arithmetic treats subnormals, which torch.set_flush_denormal sets for the thread
+// that calls it. All threads of a step do as its caller's does: bits don't depend on their number.
+class FloatingPointMode {
+ public:
+#if defined(__SSE2__)
+  void apply() const { _mm_setcsr(control_); }
+
+ private:
+  unsigned control_ = _mm_getcsr();
+#else
+  void apply() const {}
+#endif
+};
 
 template <typename C>
 void run(const std::vector<Operands>& operands, Kind kind, const Options& options, Simd level,
@@ -68,9 +96,15 @@ void run(const std::vector<Operands>& operands, Kind kind, const Options& option
     // Chunks are taken as threads come free: a thread that the system holds up delays one chunk,
     // not its whole share.
     std::atomic<int64_t> next{0};
+    const FloatingPointMode callers;
 #pragma omp parallel num_threads(threads)
-    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < plan.chunks();) {
-      run_chunk(chunk);
+    {
+      const FloatingPointMode own;
+      callers.apply();
+      for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < plan.chunks();) {
+        run_chunk(chunk);
+      }
+      own.apply();
     }
     return;
   }

@@ -2,6 +2,7 @@
 #include <stdexcept>
 
 #include "../prox_sgd.h"
+#include "build_info.h"
 
 namespace prox_sgd::cuda {
 
@@ -9,8 +10,10 @@ void prox_sgd(const std::vector<Operands>&, Kind, const Options&, const DeviceVa
   throw std::runtime_error("ProxSGD: built without CUDA");
 }
 
-const char* why_unusable(int) {
-  return "resnet_reg_ext was built without CUDA: reinstall it with RESNET_REG_EXT_CUDA=1";
+std::string why_unusable(int) {
+  return "resnet_reg_ext was built without CUDA (" PROX_SGD_CUDA_LEFT_OUT
+         "): reinstall it with "
+         "RESNET_REG_EXT_CUDA=1";
 }
 
 int toolkit_version() { return 0; }

@@ -257,4 +257,10 @@ const void* kernel_address(Kind kind) {
   return with_kind(kind, [](auto tag) { return address<decltype(tag)::kind>(); });
 }
 
+size_t parameter_bytes(Kind kind) {
+  return with_kind(kind, [](auto tag) {
+    return sizeof(Parameters<typename Types<decltype(tag)::kind>::Compute>);
+  });
+}
+
 }  // namespace prox_sgd::cuda

@@ -9,13 +9,10 @@
 namespace prox_sgd::cuda {
 
 // Kernel parameters may take 32,764 bytes from CUDA 12.1 on and 4 KiB before (CUDA C++ Programming
-// Guide, "__global__ function parameters"). Whoever builds may set a smaller size.
+// Guide, "__global__ function parameters"). setup.py says which, to the kernel and to the plan
+// alike: the plan's compiler can't know what nvcc's release is.
 #if !defined(PROX_SGD_PARAMETER_BYTES)
-#if !defined(__CUDACC_VER_MAJOR__) || __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
 #define PROX_SGD_PARAMETER_BYTES 32764
-#else
-#define PROX_SGD_PARAMETER_BYTES 4096
-#endif
 #endif
 
 constexpr int kThreads = 256;
@@ -49,5 +46,8 @@ static_assert(sizeof(Parameters<double>) <= PROX_SGD_PARAMETER_BYTES, "table too
 
 // The address by which the CUDA runtime knows the kernel for a kind.
 const void* kernel_address(Kind kind);
+
+// The size of the parameter that the kernel for a kind was compiled with.
+size_t parameter_bytes(Kind kind);
 
 }  // namespace prox_sgd::cuda

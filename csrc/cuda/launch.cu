@@ -54,31 +54,44 @@ int driver_version() {
   return driver;
 }
 
-std::string find_obstacle(int device) {
+// Why no kernel can run on a device; empty where one can. `lasting` is whether that can't change
+// while the process lives, unlike a lack of memory, say.
+struct Obstacle {
+  std::string reason;
+  bool lasting = true;
+};
+
+Obstacle find_obstacle(int device) {
   const int driver = driver_version();
-  if (driver == 0) return "no NVIDIA driver is installed";
+  if (driver == 0) return {"no NVIDIA driver is installed"};
   // Minor versions of one CUDA are compatible; large kernel parameters need a driver of 12.1.
   const int needed =
       CUDART_VERSION >= 12010 && CUDART_VERSION < 13000 ? 12010 : CUDART_VERSION / 1000 * 1000;
   if (driver < needed) {
-    return "the NVIDIA driver supports CUDA " + version(driver) + ", this build needs " +
-           version(needed) + ": update the driver";
+    return {"the NVIDIA driver supports CUDA " + version(driver) + ", this build needs " +
+            version(needed) + ": update the driver"};
   }
+  cudaError_t status = cudaSuccess;
   try {
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, kernel_address(Kind::float32)), "kernel");
+    status = cudaFuncGetAttributes(&attributes, kernel_address(Kind::float32));
+    cudaGetLastError();
   } catch (const std::exception& error) {
-    cudaDeviceProp properties;
-    std::string architecture;
-    if (cudaGetDeviceProperties(&properties, device) == cudaSuccess) {
-      architecture = " (compute capability " + std::to_string(properties.major) + "." +
-                     std::to_string(properties.minor) + ")";
-    }
-    return "no kernel of this build runs on CUDA device " + std::to_string(device) + architecture +
-           ", " + error.what() + ": reinstall with TORCH_CUDA_ARCH_LIST naming its architecture";
+    return {error.what(), false};
   }
-  return "";
+  if (status == cudaSuccess) return {};
+  if (status != cudaErrorNoKernelImageForDevice && status != cudaErrorInvalidDeviceFunction) {
+    return {cudaGetErrorString(status), false};
+  }
+  cudaDeviceProp properties;
+  std::string architecture;
+  if (cudaGetDeviceProperties(&properties, device) == cudaSuccess) {
+    architecture = " (compute capability " + std::to_string(properties.major) + "." +
+                   std::to_string(properties.minor) + ")";
+  }
+  return {"no kernel of this build runs on CUDA device " + std::to_string(device) + architecture +
+          ": reinstall with TORCH_CUDA_ARCH_LIST naming its architecture"};
 }
 
 }  // namespace
@@ -89,6 +102,9 @@ void prox_sgd(const std::vector<Operands>& operands, Kind kind, const Options& o
   if (launches.empty()) return;
   const DeviceGuard guard(device);
   for (const Launch& launch : launches) {
+    if (launch.parameters.size() != parameter_bytes(kind)) {
+      throw std::logic_error("ProxSGD: plan and kernel were built for tables of different sizes");
+    }
     void* arguments[] = {const_cast<unsigned char*>(launch.parameters.data())};
     check(cudaLaunchKernel(kernel_address(kind), dim3(launch.grid), dim3(launch.block), arguments,
                            0, static_cast<cudaStream_t>(stream)),
@@ -96,13 +112,13 @@ void prox_sgd(const std::vector<Operands>& operands, Kind kind, const Options& o
   }
 }
 
-const char* why_unusable(int device) {
+std::string why_unusable(int device) {
   static std::mutex mutex;
-  static std::map<int, std::string> known;
+  static std::map<int, Obstacle> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  auto found = known.find(device);
-  if (found == known.end()) found = known.emplace(device, find_obstacle(device)).first;
-  return found->second.c_str();
+  auto [found, asked_first] = known.try_emplace(device);
+  if (asked_first || !found->second.lasting) found->second = find_obstacle(device);
+  return found->second.reason;
 }
 
 int toolkit_version() { return CUDART_VERSION; }
