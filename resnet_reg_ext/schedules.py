@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -249,16 +250,38 @@ class TargetSparsity(_L1Steering):
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Counts the zeros, where it is time to, and sets l1; after ``optimizer.step()``.
 
+        Warns, once, if the share is more than two points off the target at the last of ``steps``.
+
         Args:
             args: ignored; trainers give an epoch or a metric.
             kwargs: ignored too.
         """
-        if all(group.get("frozen_zeros") for group in self._steered()):
+        if self._is_frozen():
             return
         self.last_epoch += 1
         passed_steps = self.last_epoch - self.begin
-        if passed_steps <= 0 or passed_steps % self.every:
+        if passed_steps > 0 and passed_steps % self.every == 0:
+            self._steer(passed_steps)
+        if self.last_epoch == self.steps and not self._is_frozen():
+            self._warn_if_missed()
+
+    def _is_frozen(self) -> bool:
+        return all(group.get("frozen_zeros") for group in self._steered())
+
+    def _warn_if_missed(self) -> None:
+        share = self._share
+        if share is None or abs(share - self.target) <= _MISSED:
             return
+        l1 = ", ".join(f"{value:.3g}" for value in self.get_last_l1())
+        warnings.warn(
+            f"TargetSparsity: after {self.steps} steps {share:.1%} of the weights are zero, not "
+            f"{self.target:.1%}; steering goes on. l1 has come to {l1}: start nearer to that, give "
+            "it more steps, or see that lr doesn't decay before",
+            stacklevel=3,
+        )
+
+    def _steer(self, passed_steps: int) -> None:
+        """Counts, and sets l1 or freezes the zeros."""
         share = self._count()
         if self._share is None:
             self._share = self._start_share = share
@@ -335,3 +358,4 @@ _MOST_UP = 1.0
 _MOST_DOWN = 0.5
 _FARTHEST = math.log(1e8)
 _NEAR = 0.005
+_MISSED = 0.02

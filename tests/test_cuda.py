@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs an NVIDIA GPU and its driver"
 )
 
+DEVICE = "cuda"
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OPTIONS = [
     {"lr": 0.1, "l1": 0.3, "weight_decay": 0.1},
@@ -88,10 +89,146 @@ def test_buffers_made_anew_for_each_step_are_safe():
     assert (w == -50.0).all()
 
 
-def test_a_captured_graph_replays_the_step():
-    w = torch.nn.Parameter(torch.zeros(1000, device="cuda"))
+def optimizer_on(device, dtypes, **options):
+    """Two groups of parameters of many sizes and layouts, the same values on each device."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(), (0,), (1,), (5, 3), (4, 3, 2, 5), (64, 32, 3, 3), (100_003,)]
+    shapes += [(i % 7 + 1,) for i in range(700)]  # more than one table takes
+    lists = [], []
+    for i, shape in enumerate(shapes):
+        value = torch.randn(shape, generator=generator).to(dtypes[i % len(dtypes)]).to(device)
+        if i % 2 and len(shape) == 4:
+            value = value.contiguous(memory_format=torch.channels_last)
+        lists[i % 2].append(torch.nn.Parameter(value))
+    options = {"lr": 0.1, "l1": 0.01, "weight_decay": 0.02, **options}
+    nesterov = options.get("momentum") != 0.0
+    groups = [{"params": lists[0]}, {"params": lists[1], "l1": 0.0, "nesterov": nesterov}]
+    return ProxSGD(groups, **options)
+
+
+def give_gradients(optimizer, step, scale=1.0):
+    """The same on each device; contiguous, so that some are laid out unlike their parameter."""
+    generator = torch.Generator().manual_seed(step)
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            grad = scale * torch.randn(p.shape, generator=generator)
+            late = i % 5 == 4 and step == 0
+            p.grad = None if late else grad.to(p.dtype).to(p.device)
+
+
+def held(optimizer):
+    """Parameters and state, on the CPU."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = [v for p in params for v in optimizer.state.get(p, {}).values()]
+    return [t.detach().cpu() for t in (*params, *state)]
+
+
+def assert_equal_bits(a, b):
+    for left, right in zip(held(a), held(b), strict=True):
+        assert left.dtype is right.dtype
+        assert torch.equal(left, right)
+
+
+STORAGE = {
+    "all dtypes": (DTYPES, {}),
+    "master weights": ([torch.bfloat16, torch.float16, torch.float32], {"master_weights": True}),
+    "bfloat16 momentum": ([torch.float32], {"momentum_dtype": torch.bfloat16}),
+    "both": ([torch.bfloat16], {"master_weights": True, "momentum_dtype": torch.bfloat16}),
+    "zeros counted": (DTYPES, {"track_sparsity": True}),
+    "proximal": (DTYPES, {"l2_mode": "proximal", "maximize": True}),
+    "without momentum": (DTYPES, {"momentum": 0.0}),
+}
+
+
+@pytest.mark.parametrize("storage", STORAGE)
+def test_the_optimizer_gives_the_cpus_bits(storage):
+    dtypes, options = STORAGE[storage]
+    on_cpu, on_gpu = (optimizer_on(d, dtypes, fused=True, **options) for d in ("cpu", DEVICE))
+    for step in range(4):
+        for optimizer in (on_cpu, on_gpu):
+            give_gradients(optimizer, step)
+            optimizer.step(grad_coefficient=0.75)
+    assert_equal_bits(on_cpu, on_gpu)
+    assert on_cpu.sparsity().to_dict() == on_gpu.sparsity().to_dict()
+    assert on_gpu.sparsity().zeros > 0
+
+
+def test_frozen_zeros():
+    optimizers = [optimizer_on(d, [torch.float32], fused=True, l1=0.5) for d in ("cpu", DEVICE)]
+    for optimizer in optimizers:
+        for step in range(4):
+            give_gradients(optimizer, step)
+            optimizer.step()
+            if step == 1:
+                optimizer.freeze_zeros()
+    assert_equal_bits(*optimizers)
+
+
+def test_lr_l1_and_a_coefficient_in_device_memory():
+    """Read when the kernel runs; the bits are those of the same numbers from the host."""
+    on_host, on_device = (optimizer_on(DEVICE, [torch.float32], fused=True) for _ in range(2))
+    lr = torch.tensor(0.1, dtype=torch.float64, device=DEVICE)
+    l1 = torch.tensor(0.01, dtype=torch.float64, device=DEVICE)
+    for group in on_device.param_groups:
+        group["lr"] = lr
+    on_device.param_groups[0]["l1"] = l1
+    for step in range(4):
+        give_gradients(on_host, step)
+        give_gradients(on_device, step)
+        on_host.step(grad_coefficient=0.5)
+        on_device.step(grad_coefficient=torch.tensor(0.5, device=DEVICE))
+        lr.mul_(0.5)
+        l1.mul_(2.0)
+        for group in on_host.param_groups:
+            group["lr"] *= 0.5
+        on_host.param_groups[0]["l1"] *= 2.0
+    assert_equal_bits(on_host, on_device)
+
+
+@pytest.mark.parametrize("first_on", ["cpu", "gpu"])
+def test_a_group_on_both_devices_with_an_lr_on_one(first_on):
+    lr = torch.tensor(0.5, device=DEVICE)
+    params = [torch.nn.Parameter(torch.zeros(3, device=d)) for d in ("cpu", DEVICE)]
+    if first_on == "gpu":
+        params.reverse()
+    optimizer = ProxSGD(params, lr=lr, momentum=0.0, weight_decay=0.0, l1=0.0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [p.tolist() for p in params] == [[-0.5] * 3] * 2
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"capturable": True}, {}], ids=str)
+def test_a_gradient_scaler(options):
+    """Unscales and skips inside the step or before it; either way as without a scale."""
+    scaled, plain = (optimizer_on(DEVICE, [torch.float32], **options) for _ in range(2))
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=1024.0, growth_interval=100)
+    scaler.scale(torch.zeros(1, device=DEVICE))  # makes the scale's tensor
+    for step in range(5):
+        before = held(scaled)
+        scale = scaler.get_scale()
+        give_gradients(scaled, step, scale)
+        overflows = step in (0, 2)
+        if overflows:
+            scaled.param_groups[0]["params"][0].grad.fill_(float("inf"))
+        scaler.step(scaled)
+        scaler.update()
+        if overflows:
+            assert scaler.get_scale() == scale / 2
+            assert all(map(torch.equal, held(scaled), before))
+        else:
+            give_gradients(plain, step)
+            plain.step()
+    assert_equal_bits(scaled, plain)
+
+
+def test_a_captured_graph_follows_lr_and_scale():
+    w = torch.nn.Parameter(torch.zeros(1000, device=DEVICE))
     w.grad = torch.ones_like(w)
-    optimizer = ProxSGD([w], lr=1.0, momentum=0.5, weight_decay=0.0, l1=0.0, fused=True)
+    lr = torch.tensor(1.0, device=DEVICE)
+    optimizer = ProxSGD(
+        [w], lr, momentum=0.5, weight_decay=0.0, l1=0.0, fused=True, capturable=True
+    )
     optimizer.step()  # makes the momentum buffers
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -101,6 +238,23 @@ def test_a_captured_graph_replays_the_step():
     graph.replay()
     torch.cuda.synchronize()
     assert (w == -2.5).all()
+    lr.fill_(2.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert (w == -6.0).all()
+
+
+def test_capturing_what_would_not_follow_is_refused():
+    w = torch.nn.Parameter(torch.zeros(1000, device=DEVICE))
+    w.grad = torch.ones_like(w)
+    optimizer = ProxSGD([w], lr=1.0, momentum=0.5, weight_decay=0.0, l1=0.0)
+    optimizer.step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with pytest.raises(RuntimeError, match=r"param_groups\[0\].*capturable is False"):
+            optimizer.step()
+        w.grad.add_(0.0)  # an empty graph would be warned of
+    assert (w == -1.0).all()
 
 
 def test_compute_sanitizer_finds_nothing():

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from resnet_reg_ext.recipe import compare
 from resnet_reg_ext.recipe.callbacks import WholeFiles
 from resnet_reg_ext.recipe.files import RecipeError, prepare_folder
 from resnet_reg_ext.recipe.model import Classifier, load_weights, regularised
-from resnet_reg_ext.recipe.settings import Run
+from resnet_reg_ext.recipe.settings import Run, save_options
 from resnet_reg_ext.recipe.train import Result
 
 TINY = ["--image-size", "16", "--train-size", "40", "--test-size", "20", "--batch-size", "10"]
@@ -211,6 +211,41 @@ def test_compare_prints_a_verdict_and_writes_its_plots(tmp_path, capsys):
     before = kept.stat().st_mtime_ns
     assert cli.main(["compare", "--resume", str(out)]) == 0
     assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "path"])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--data", "/no/where"], "--data /no/where is not a folder"),
+        (["--weights", "/no/where"], "is not a file"),
+        (["--train-size", "1000000"], "train_size=1000000"),
+        (["--batch-size", "1000000"], "--batch-size"),
+    ],
+    ids=["data", "weights", "train-size", "batch-size"],
+)
+def test_bad_input_leaves_nothing_so_that_the_right_command_runs(
+    command, wrong, words, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    assert words in refused([command, *TINY, *wrong, "--out", str(out)], capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("way", ["again", "resumed"])
+def test_a_run_killed_before_its_first_checkpoint_can_begin_again(way, tmp_path, capsys):
+    """What is there then is the file of settings and the beginning of a log."""
+    out = tmp_path / "out"
+    sizes = {"image_size": 16, "train_size": 20, "test_size": 20, "batch_size": 10}
+    run = Run(**sizes, epochs=1, accelerator="cpu")
+    out.mkdir()
+    save_options(asdict(run), out / "run.yaml")
+    again = ["train", *TINY, "--train-size", "20", "--epochs", "1", "--out", str(out)]
+    resumed = ["train", "--resume", str(out)]
+    assert cli.main(again if way == "again" else resumed) == 0
+    assert ("from the beginning" in capsys.readouterr().out) == (way == "resumed")
+    assert Result.load(out).run == run
+    assert "holds a run already" in refused(again, capsys)
 
 
 def test_a_path_starts_each_strength_from_the_one_before(tmp_path, capsys):

@@ -401,6 +401,27 @@ def steer(optimizer, steering, a, steps):
         yield float((p == 0).sum()) / p.numel()
 
 
+@pytest.mark.parametrize("lr", [0.0, 0.05], ids=["missed", "reached"])
+def test_a_missed_target_is_told_once(lr):
+    """Where nothing moves, as after a learning rate that has decayed, no l1 makes zeros."""
+    a, optimizer = lasso(l1=0.1)
+    optimizer.param_groups[0]["params"][0].data.fill_(1.0)
+    optimizer.param_groups[0]["lr"] = lr
+    steering = TargetSparsity(optimizer, 0.7, steps=500)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shares = list(steer(optimizer, steering, a, 520))
+    messages = [str(w.message) for w in caught]
+    if lr:
+        assert abs(shares[-1] - 0.7) <= 0.01
+        assert messages == []
+    else:
+        (message,) = messages
+        assert "after 500 steps 0.0% of the weights are zero, not 70.0%" in message
+        assert "l1 has come to " in message
+        assert caught[0].filename == __file__
+
+
 @pytest.mark.parametrize(
     ("target", "l1", "every"),
     [
@@ -535,6 +556,7 @@ def test_waits_while_zeros_are_frozen():
     assert last == pytest.approx(0.8, abs=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:TargetSparsity")  # it is resumed in mid-air
 @pytest.mark.parametrize("stop", [3, 60, 350])
 def test_steering_resumes_bit_by_bit(stop):
     a, optimizer = lasso(0.01)

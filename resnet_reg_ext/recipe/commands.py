@@ -102,7 +102,10 @@ def _train(arguments: list[str]) -> None:
     run = run_from(args)
     if run.target_sparsity != run.steered_to:
         raise RecipeError("--target-sparsity needs an --l1 above 0 to start from")
-    result = train(run, args.out, resume=args.resume is not None)
+    has_begun = (args.out / "last.ckpt").is_file()
+    if args.resume is not None and not has_begun and is_first_process():
+        print(f"{args.out} has no last.ckpt yet: from the beginning, with the settings it has")
+    result = train(run, args.out, resume=args.resume is not None and has_begun)
     if is_first_process():
         print(f"\n{compare.table({'run': [result]})}")
         names = ("run.yaml", "result.json", "best.ckpt", "last.ckpt", "csv", "tensorboard")

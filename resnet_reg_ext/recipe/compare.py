@@ -15,7 +15,7 @@ from . import plots
 from .callbacks import Stopped
 from .files import RecipeError, prepare_folder, write_text
 from .settings import Run, save_options
-from .train import FULL_CHECKPOINT, WEIGHTS, Result, is_first_process, made_with, train
+from .train import FULL_CHECKPOINT, WEIGHTS, Result, check, is_first_process, made_with, train
 
 COLUMNS = {
     "train acc": ("train_accuracy", "{:.3f}"),
@@ -137,6 +137,8 @@ def _train_all(
         if not resume and out.is_dir() and any(out.iterdir()):
             raise RecipeError(f"--out {out} isn't empty: give another, or --resume {out}")
         left = len(plan) - sum(finished)
+        if left:
+            check(plan[finished.index(False)].run)
         prepare_folder(out, left * WEIGHTS + 2 * FULL_CHECKPOINT)
         save_options(options, out / options_file)
     results: dict[str, list[Result]] = {}

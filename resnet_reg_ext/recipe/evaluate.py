@@ -20,7 +20,7 @@ from . import plots
 from .data import load_split
 from .files import prepare_folder, write_text
 from .model import load_classifier, regularised
-from .train import _be_quiet, predict
+from .train import be_quiet, predict
 
 
 def evaluate(checkpoint: Path, data: str | None, split: str, corrupt: str, out: Path) -> list[Path]:
@@ -36,7 +36,7 @@ def evaluate(checkpoint: Path, data: str | None, split: str, corrupt: str, out: 
     Raises:
         RecipeError: something that the user can put right.
     """
-    _be_quiet()
+    be_quiet()
     classifier = load_classifier(checkpoint)
     classes = list(classifier.classes)
     run = replace(classifier.run, corrupt=corrupt)

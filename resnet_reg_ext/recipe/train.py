@@ -99,12 +99,14 @@ def train(
         RecipeError: something that the user can put right.
         Stopped: a signal came; ``last.ckpt`` is what to resume from.
     """
-    _be_quiet()
+    be_quiet()
     _check_machine(run)
     last = out / "last.ckpt"
     if resume and not last.is_file():
         raise RecipeError(f"nothing to resume in {out}: it has no last.ckpt")
-    if not resume and (out / "run.yaml").exists() and is_first_process():
+    # A run that was killed before its first checkpoint has left nothing that could be lost.
+    held = [name for name in ("last.ckpt", "result.json") if (out / name).exists()]
+    if not resume and held and is_first_process():
         raise RecipeError(f"--out {out} holds a run already: give another, or --resume {out}")
     images = load_images(run)
     classifier = Classifier(run, images.classes)
@@ -169,6 +171,17 @@ def train(
     if not keep_best:
         trainer.save_checkpoint(last, weights_only=True)
     return result
+
+
+def check(run: Run) -> None:
+    """Refuses a run that can't be made, for its machine, data or weights.
+
+    Raises:
+        RecipeError: says what to put right.
+    """
+    be_quiet()
+    _check_machine(run)
+    load_weights(Classifier(run, load_images(run).classes), run.weights)
 
 
 def predict(
@@ -278,7 +291,7 @@ def _check_resumable(last: Path, images: Images) -> None:
         )
 
 
-def _be_quiet() -> None:
+def be_quiet() -> None:
     """Leaves out what Lightning tells about itself, and advice that doesn't apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
