@@ -14,7 +14,7 @@ WHEEL := build/wheel/.done
 
 .PHONY: demo test test-older test-python-reader test-sanitize test-matrix test-aarch64 gpu-check bench bench-quick lint format clean
 
-demo: .venv/.ready
+demo: .venv/.ready-demo
 	rm -rf out/demo
 	OMP_WAIT_POLICY=passive $(BIN)/resnet-reg compare --out out/demo
 
@@ -104,6 +104,11 @@ clean:
 $(WHEEL): $(SOURCES) | .venv/.torch
 	rm -rf build/wheel build/lib*
 	RESNET_REG_EXT_CUDA=$(CUDA) $(BIN)/pip wheel $(PIP_FLAGS) --no-deps -w build/wheel .
+	touch $@
+
+.venv/.ready-demo: $(WHEEL)
+	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[train]"
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
 
 .venv/.ready: $(WHEEL)

@@ -102,7 +102,7 @@ def step_table(table: dict[str, Any]) -> str:
             "-",
         )
     )
-    head = ("step", "ms", "ProxSGD over it", "extra memory, MiB", "same weights as reference after")
+    head = ("step", "ms", "ProxSGD ÷ it", "extra memory, MiB", "weights checked over")
     return _grid(head, rows)
 
 
@@ -205,7 +205,7 @@ def _host_table(host: dict[str, Any]) -> str:
         (row["name"], _ms(row["us"]), "1" if row["key"] == OURS else _spread(row["ours_over"]))
         for row in host["rows"]
     ]
-    return _grid(("step", "µs", "ProxSGD over it"), rows)
+    return _grid(("step", "µs", "ProxSGD ÷ it"), rows)
 
 
 NAMES = {

@@ -547,16 +547,7 @@ def check_operands(
         )
     if not grad.is_floating_point():
         raise ValueError(f"{name()}: the gradient's dtype is {grad.dtype}: must be floating-point")
-    if grad.shape != param.shape:
-        raise ValueError(
-            f"{name()}: the gradient's shape is {tuple(grad.shape)}: must be the parameter's, "
-            f"{tuple(param.shape)}"
-        )
-    if grad.device != param.device:
-        raise ValueError(
-            f"{name()}: the gradient is on {grad.device}: must be where the parameter is, "
-            f"on {param.device}"
-        )
+    _check_alike(param, grad, "the gradient", name)
     if momentum is not None:
         check_state(param, momentum, "momentum_buffer", name)
     if master is not None:
@@ -573,19 +564,28 @@ def check_state(param: Tensor, value: Any, key: str, name: Callable[[], str]) ->
         raise ValueError(f"{name()}: {key} is {value!r}: must be a tensor")
     if value.is_neg():
         raise ValueError(f"{name()}: {key} is a lazily negated view: call resolve_neg()")
-    if value.shape != param.shape:
-        raise ValueError(
-            f"{name()}: {key}'s shape is {tuple(value.shape)}: must be the parameter's, "
-            f"{tuple(param.shape)}"
-        )
-    if value.device != param.device:
-        raise ValueError(
-            f"{name()}: {key} is on {value.device}: must be where the parameter is, "
-            f"on {param.device}"
-        )
+    _check_alike(param, value, key, name)
     if not value.is_floating_point():
         raise ValueError(f"{name()}: {key}'s dtype is {value.dtype}: must be floating-point")
     _check_overlap(value, key, name)
+
+
+def _check_alike(param: Tensor, other: Tensor, what: str, name: Callable[[], str]) -> None:
+    """Refuses what has another shape than its parameter, or is elsewhere.
+
+    Raises:
+        ValueError: says what, and how it should be.
+    """
+    if other.shape != param.shape:
+        raise ValueError(
+            f"{name()}: {what}'s shape is {tuple(other.shape)}: must be the parameter's, "
+            f"{tuple(param.shape)}"
+        )
+    if other.device != param.device:
+        raise ValueError(
+            f"{name()}: {what} is on {other.device}: must be where the parameter is, "
+            f"on {param.device}"
+        )
 
 
 def _check_overlap(tensor: Tensor, what: str, name: Callable[[], str]) -> None:
@@ -612,7 +612,7 @@ _COMPUTE_DTYPE = {
 
 # Elements that the pure update works on at a time on a CPU, so that what one operation leaves is
 # still in the cache when the next one reads it (bench/NOTES.md).
-_PIECE = 1 << 18
+_CHUNK = 1 << 18
 # Where calling an operation takes longer than the operation: those are called for lists.
 _SMALL = 1 << 12
 
@@ -620,7 +620,7 @@ _SMALL = 1 << 12
 @torch.no_grad()
 def _update_(bucket: Bucket, h: Hyperparameters) -> None:
     """The update in pure PyTorch."""
-    rooms = _Rooms()
+    workspace = _Workspace()
     coefficients: dict[torch.dtype, _Coefficients] = {}
     together: list[int] = []
     elements = 0
@@ -630,10 +630,10 @@ def _update_(bucket: Bucket, h: Hyperparameters) -> None:
             dtype = _COMPUTE_DTYPE[param.dtype]
             if dtype not in coefficients:
                 coefficients[dtype] = _coefficients(h, dtype)
-            for p, g, m, master in _pieces(*bucket.of(i)):
-                _update_piece_(p, g, m, master, coefficients[dtype], dtype, bucket.first, rooms)
+            for p, g, m, master in _chunks(*bucket.of(i)):
+                _update_chunk_(p, g, m, master, coefficients[dtype], dtype, bucket.first, workspace)
             continue
-        if param.is_cpu and elements + size > _PIECE:
+        if param.is_cpu and elements + size > _CHUNK:
             _update_each_(bucket.pick(together), h)
             together, elements = [], 0
         together.append(i)
@@ -644,7 +644,7 @@ def _update_(bucket: Bucket, h: Hyperparameters) -> None:
         _count_zeros(bucket.params, bucket.zeros)
 
 
-def _update_piece_(
+def _update_chunk_(
     param: Tensor,
     grad: Tensor,
     momentum: Tensor | None,
@@ -652,15 +652,15 @@ def _update_piece_(
     c: _Coefficients,
     dtype: torch.dtype,
     first: bool,
-    rooms: _Rooms,
+    workspace: _Workspace,
 ) -> None:
-    """The update of a piece of a parameter on a CPU, one operation after another."""
+    """The update of a chunk of a parameter on a CPU, one operation after another."""
     weight = param if master is None else master
     # What is stored in another type is widened, and rounded once when it is stored again.
-    p = rooms.widened("p", weight, dtype)
-    g = rooms.widened("g", grad, dtype)
-    m = None if momentum is None else rooms.widened("m", momentum, dtype)
-    _update_in_(_ONE, p, g, m, c, first, rooms.like("between", p, dtype))
+    p = workspace.widened("p", weight, dtype)
+    g = workspace.widened("g", grad, dtype)
+    m = None if momentum is None else workspace.widened("m", momentum, dtype)
+    _update_in_(_SINGLE, p, g, m, c, first, workspace.like("between", p, dtype))
     if p is not weight:
         weight.copy_(p)
     if momentum is not None and m is not None and m is not momentum:
@@ -680,7 +680,7 @@ def _update_each_(bucket: Bucket, h: Hyperparameters) -> None:
         p = [t.to(dtype) for t in weights]
         m = [t.to(dtype) for t in momenta or ()]
         g = [t.to(dtype) for t in grads]
-        _update_in_(_EACH, p, g, m, _coefficients(h, dtype), first, None)
+        _update_in_(_FOREACH, p, g, m, _coefficients(h, dtype), first, None)
         targets = [(weights, p), (momenta or (), m)] + ([(params, p)] if masters else [])
         for stored, values in targets:
             for to, value in zip(stored, values, strict=True):
@@ -688,10 +688,10 @@ def _update_each_(bucket: Bucket, h: Hyperparameters) -> None:
                     to.copy_(value)
 
 
-class _Rooms:
-    """Memory on a CPU for what is between two operations, the same for all pieces of a step.
+class _Workspace:
+    """Memory on a CPU for what is between two operations, the same for all chunks of a step.
 
-    New memory for each piece would be given back to the operating system and taken from it each
+    New memory for each chunk would be given back to the operating system and taken from it each
     time, which clears it page by page: that took as long as the arithmetic (bench/NOTES.md).
     """
 
@@ -704,7 +704,7 @@ class _Rooms:
         memory = self._memory.get((use, dtype))
         if memory is None or memory.numel() < size:
             # On a CPU whatever the default device is.
-            memory = torch.empty(max(size, _PIECE), dtype=dtype, device=model.device)
+            memory = torch.empty(max(size, _CHUNK), dtype=dtype, device=model.device)
             self._memory[use, dtype] = memory
         shape = model.shape
         if len(shape) == 1:
@@ -718,11 +718,11 @@ class _Rooms:
         return tensor if tensor.dtype is dtype else self.like(use, tensor, dtype).copy_(tensor)
 
 
-def _pieces(*tensors: Tensor | None) -> Iterable[Any]:
-    """A parameter with what belongs to it, cut to pieces if it is large and laid out for that."""
+def _chunks(*tensors: Tensor | None) -> Iterable[Any]:
+    """A parameter with what belongs to it, cut to chunks if it is large and laid out for that."""
     given = [t for t in tensors if t is not None]
     size = given[0].numel()
-    if size <= _PIECE:
+    if size <= _CHUNK:
         return (tensors,)
     if all(t.is_contiguous() for t in given):
         flat = [None if t is None else t.detach().view(-1) for t in tensors]
@@ -732,11 +732,11 @@ def _pieces(*tensors: Tensor | None) -> Iterable[Any]:
         flat = [None if t is None else t.detach().permute(0, 2, 3, 1).view(-1) for t in tensors]
     else:
         return (tensors,)
-    return zip(*(repeat(None) if t is None else torch.split(t, _PIECE) for t in flat), strict=False)
+    return zip(*(repeat(None) if t is None else torch.split(t, _CHUNK) for t in flat), strict=False)
 
 
 # The operations of the update: on one tensor, with ``out`` for what isn't stored, and on lists.
-_ONE = SimpleNamespace(
+_SINGLE = SimpleNamespace(
     neg=torch.neg,
     mul=torch.mul,
     add=torch.add,
@@ -761,7 +761,7 @@ def _masked_fill_each_(tensors: list[Tensor], masks: list[Tensor], value: float)
         tensor.masked_fill_(mask, value)
 
 
-_EACH = SimpleNamespace(
+_FOREACH = SimpleNamespace(
     neg=lambda a, out: torch._foreach_neg(a),
     mul=lambda a, b, out: torch._foreach_mul(a, b),
     add=lambda a, b, alpha, out: torch._foreach_add(a, b, alpha=alpha),
@@ -807,19 +807,25 @@ def _coefficients(h: Hyperparameters, dtype: torch.dtype) -> _Coefficients:
 
 
 def _update_in_(
-    ops: SimpleNamespace, p: Any, g: Any, m: Any, c: _Coefficients, first: bool, room: Tensor | None
+    ops: SimpleNamespace,
+    p: Any,
+    g: Any,
+    m: Any,
+    c: _Coefficients,
+    first: bool,
+    scratch: Tensor | None,
 ) -> None:
     """The update in the compute type. ``add(alpha=)`` rounds once: it is an fma.
 
-    With ``_ONE``, p, g and m are tensors, and ``room`` takes what isn't stored; with ``_EACH`` they
-    are lists, and it is allocated.
+    With ``_SINGLE``, p, g and m are tensors, and ``scratch`` takes what isn't stored; with
+    ``_FOREACH`` they are lists, and it is allocated.
     """
     frozen = ops.equal(p, 0) if c.frozen_zeros else None
-    d = ops.neg(g, out=room) if c.maximize else g
+    d = ops.neg(g, out=scratch) if c.maximize else g
     if c.factor != 1:
-        d = ops.mul(d, c.factor, out=room)
+        d = ops.mul(d, c.factor, out=scratch)
     if c.weight_decay != 0:
-        d = ops.add(d, p, alpha=c.weight_decay, out=room)
+        d = ops.add(d, p, alpha=c.weight_decay, out=scratch)
     s = d
     if c.momentum != 0:
         if first:
@@ -827,10 +833,10 @@ def _update_in_(
         else:
             ops.mul_(m, c.momentum)
             ops.add_(m, d, alpha=1 - c.dampening)
-        s = ops.add(d, m, alpha=c.momentum, out=room) if c.nesterov else m
+        s = ops.add(d, m, alpha=c.momentum, out=scratch) if c.nesterov else m
     ops.add_(p, s, alpha=-c.lr)
     if c.threshold != 0:
-        ops.sub_(p, ops.clamp(p, -c.threshold, c.threshold, out=room))
+        ops.sub_(p, ops.clamp(p, -c.threshold, c.threshold, out=scratch))
     if c.shrinkage != 1:
         ops.mul_(p, c.shrinkage)
     if frozen is not None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,6 +31,21 @@ def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.report", "--readme", str(changed), "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode != 0
+
+
+def test_the_usage_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it stands there, on two batches of images that are small."""
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"^## Usage\n\n```python\n([\s\S]*?)^```$", text, re.MULTILINE)
+    generator = torch.Generator().manual_seed(0)
+    loader = [
+        (torch.randn(2, 3, 32, 32, generator=generator), torch.tensor([1, 2])) for _ in range(2)
+    ]
+    names: dict[str, Any] = {"loader": loader}
+    exec(compile(code, "README.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert re.search(r"^layer4\.2\.conv3\.weight +\S+ +1,048,576 ", printed, re.MULTILINE)
+    assert re.search(r"^total +[1-9]\S* +25,557,032 ", printed, re.MULTILINE)
 
 
 def test_the_comparison_is_that_of_the_committed_runs() -> None:
