@@ -464,6 +464,7 @@ def error_cases():
     return SGD_INFO.optim_error_inputs_func(device="cpu", dtype=torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 @pytest.mark.parametrize("case", error_cases(), ids=lambda case: case.optimizer_error_input.desc)
 def test_torchs_error_inputs_for_sgd(case):
     assert case.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR

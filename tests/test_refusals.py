@@ -242,6 +242,7 @@ def test_momentum_that_overlaps_itself(fused, named, loaded):
 
 
 @NAMED
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_a_parameter_listed_twice(named):
     """It would have two updates at once, on one momentum buffer."""
     w, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
