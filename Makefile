@@ -27,11 +27,11 @@ test: .venv/.ready test-older test-python-reader test-sanitize
 	$(BOTH_CORES) $(BIN)/pytest $(IN_TWO)
 
 # The same wheel, unchanged, on another torch. What needs torchvision or other people's programs,
-# compiles, starts processes or trains a network is left to `test`.
+# compiles or trains a network is left to `test`.
 NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tests/test_build.py \
 	--ignore-glob='*test_recipe*' --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py \
 	--ignore=tests/test_readme.py --ignore=tests/test_bench.py --ignore=tests/test_instructions.py \
-	--ignore-glob='*test_integrations*' --ignore-glob='*test_distributed*' \
+	--ignore-glob='*test_integrations*' \
 	--ignore=tests/test_compile.py \
 	--deselect=tests/test_schedules.py::test_the_asked_share_of_zeros_is_reached_and_held_on_digits
 

@@ -5,6 +5,7 @@
 #include <array>
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -169,15 +170,12 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("has_exchange_api", &TensorReader::has_exchange_api)
       .def(
           "read",
-          [](const TensorReader& reader, py::list params, py::list grads, py::object momenta,
-             py::object masters, Address zeros) {
-            const auto fits = [&](const py::object& list) {
-              return list.is_none() || (PyList_Check(list.ptr()) && py::len(list) == params.size());
+          [](const TensorReader& reader, py::list params, py::list grads,
+             std::optional<py::list> momenta, std::optional<py::list> masters, Address zeros) {
+            const auto list = [](const std::optional<py::list>& given) {
+              return given ? given->ptr() : Py_None;
             };
-            if (grads.size() != params.size() || !fits(momenta) || !fits(masters)) {
-              throw std::invalid_argument("the lists must be of one length");
-            }
-            return reader.read(params.ptr(), grads.ptr(), momenta.ptr(), masters.ptr(),
+            return reader.read(params.ptr(), grads.ptr(), list(momenta), list(masters),
                                reinterpret_cast<int64_t*>(zeros));
           },
           py::arg("params"), py::arg("grads"), py::arg("momenta").none(true),

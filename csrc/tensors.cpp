@@ -155,6 +155,19 @@ OwnedObject share(PyObject* object) {
   return OwnedObject(object);
 }
 
+// A list that holds what another does now; null with a Python error on failure.
+OwnedObject copy_of(PyObject* list) {
+  return OwnedObject(PyList_GetSlice(list, 0, PyList_GET_SIZE(list)));
+}
+
+// A list to be filled. Until that is done and it is tracked, nobody finds it by way of the garbage
+// collector: its places hold nothing yet, which Python code can't cope with.
+OwnedObject new_list(Py_ssize_t size) {
+  OwnedObject list(PyList_New(size));
+  if (list) PyObject_GC_UnTrack(list.get());
+  return list;
+}
+
 // Forgets the Python error that there may be, as what can't be read is told of in another way.
 void forget_error() {
   if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) throw Interrupted();
@@ -443,17 +456,28 @@ Py_ssize_t TensorReader::Block::read(Py_ssize_t first, int64_t* zeros, Sorter* s
 Reading TensorReader::read(PyObject* params, PyObject* grads, PyObject* momenta, PyObject* masters,
                            int64_t* zeros) const {
   Reading reading;
-  reading.owners = {share(params), share(grads), share(momenta), share(masters)};
-  const auto item = [](PyObject* list, Py_ssize_t i) {
-    return list == Py_None ? nullptr : PyList_GET_ITEM(list, i);
+  // Copies: other threads may change the lists wherever torch lets them run.
+  PyObject* const lists[] = {params, grads, momenta, masters};
+  for (int t = 0; t < Block::kTensors; ++t) {
+    if (lists[t] == Py_None) continue;
+    reading.owners[t] = copy_of(lists[t]);
+    if (!reading.owners[t]) throw std::bad_alloc();
+  }
+  const Py_ssize_t count = PyList_GET_SIZE(reading.owners[0].get());
+  for (const OwnedObject& list : reading.owners) {
+    if (list && PyList_GET_SIZE(list.get()) != count) {
+      throw std::invalid_argument("the lists must be of one length");
+    }
+  }
+  const auto item = [&](int t, Py_ssize_t i) {
+    PyObject* const list = reading.owners[t].get();
+    return list == nullptr ? nullptr : PyList_GET_ITEM(list, i);
   };
-  const Py_ssize_t count = PyList_GET_SIZE(params);
   Sorter sorter(&reading.buckets, count);
   Block block(*this);
   Py_ssize_t first = 0;
   for (Py_ssize_t i = 0; i < count; ++i) {
-    block.add(PyList_GET_ITEM(params, i), PyList_GET_ITEM(grads, i), item(momenta, i),
-              item(masters, i));
+    block.add(item(0, i), item(1, i), item(2, i), item(3, i));
     if (block.full() || i + 1 == count) {
       first += block.read(first, zeros, &sorter, &reading.misfits);
     }
@@ -464,14 +488,18 @@ Reading TensorReader::read(PyObject* params, PyObject* grads, PyObject* momenta,
 std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, bool with_momenta,
                                              bool with_masters, int64_t* zeros,
                                              Py_ssize_t* position) const {
-  const Py_ssize_t count = PyList_GET_SIZE(params);
-  Gathered gathered{OwnedObject(PyList_New(count)), OwnedObject(PyList_New(count)),
-                    OwnedObject(with_momenta ? PyList_New(count) : nullptr),
-                    OwnedObject(with_masters ? PyList_New(count) : nullptr), Reading{}};
   const auto nothing = [] {
     forget_error();
     return std::nullopt;
   };
+  // A copy: other threads may change the list wherever torch or a hash lets them run.
+  const OwnedObject snapshot = copy_of(params);
+  if (!snapshot) return nothing();
+  params = snapshot.get();
+  const Py_ssize_t count = PyList_GET_SIZE(params);
+  Gathered gathered{new_list(count), new_list(count),
+                    with_momenta ? new_list(count) : OwnedObject(),
+                    with_masters ? new_list(count) : OwnedObject(), Reading{}};
   OwnedObject* const lists[] = {&gathered.params, &gathered.grads, &gathered.momenta,
                                 &gathered.masters};
   if (!gathered.params || !gathered.grads || (with_momenta && !gathered.momenta) ||
@@ -490,7 +518,6 @@ std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, 
   Py_ssize_t taken = 0;
   for (Py_ssize_t begin = 0; begin < count; begin += Block::kMost) {
     const Py_ssize_t end = std::min(count, begin + Block::kMost);
-    if (end > PyList_GET_SIZE(params)) return nothing();  // another thread took some away
     PyObject* const* const all = reinterpret_cast<PyListObject*>(params)->ob_item;
     std::array<OwnedObject, Block::kMost> grads;
     for (Py_ssize_t i = begin; i < end; ++i) {
@@ -538,6 +565,7 @@ std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, 
   }
   for (OwnedObject* list : lists) {
     if (*list && PyList_SetSlice(list->get(), taken, count, nullptr) != 0) return nothing();
+    if (*list) PyObject_GC_Track(list->get());
   }
   for (const Bucket& bucket : gathered.reading.buckets) {
     const dlpack::Device& counters = near.tensor.device;

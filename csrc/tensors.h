@@ -99,10 +99,11 @@ class TensorReader {
 
   bool has_exchange_api() const { return api_ != nullptr; }
 
-  // Reads params[i], grads[i], momenta[i] and masters[i]; the last two are Py_None or lists. The
-  // lists must be Python lists of one length. `zeros`: an array of counters, one a parameter, or
-  // null. What does not fit is in `misfits` and in no bucket, nor is what has no elements; nothing
-  // is raised for a tensor, whatever it is. Throws Interrupted, as gather() does.
+  // Reads params[i], grads[i], momenta[i] and masters[i]: Python lists, the last two may be
+  // Py_None. Throws std::invalid_argument unless they are of one length. `zeros`: an array of
+  // counters, one a parameter, or null. What does not fit is in `misfits` and in no bucket, nor is
+  // what has no elements; nothing is raised for a tensor, whatever it is. Throws Interrupted, as
+  // gather() does.
   Reading read(PyObject* params, PyObject* grads, PyObject* momenta, PyObject* masters,
                int64_t* zeros) const;
 

@@ -172,7 +172,7 @@ def _finite_and_not_negative(value: Any, name: str) -> float:
         if isinstance(value, str):  # which float() would read
             raise TypeError
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {value!r}: must be a number") from None
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} is {value}: must be finite and not negative")
@@ -375,13 +375,25 @@ class DeviceValues(NamedTuple):
         if self.l1 is not None:
             h = h._replace(l1=_finite_and_not_negative(self.l1, f"{name()}: l1"))
         if self.grad_scale is not None:
-            scale = self.grad_scale.item()
+            scale = _rounded(self.grad_scale.item(), torch.float32)
             if not scale > 0:
                 raise ValueError(f"ProxSGD: grad_scale is {scale}: must be above 0")
             h = h._replace(grad_scale=scale)
         if self.grad_coefficient is not None:
             h = h._replace(grad_coefficient=_rounded(self.grad_coefficient.item(), torch.float32))
         return h
+
+
+def may_be_native(fused: bool | None) -> bool:
+    """Whether an option ``fused`` admits the native kernels, where there are such.
+
+    They are nothing that a dispatch mode of torch's could see, as those that make tensors fakes or
+    record a graph: under one, None stands for pure PyTorch.
+    """
+    return _native.available() and (fused or (fused is None and _dispatch_modes() == 0))
+
+
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 def prepare_prox_sgd(
@@ -397,7 +409,7 @@ def prepare_prox_sgd(
     index into words for an error. None is returned if ``values`` tell that the step is to be
     skipped; on a CUDA device, the kernel itself may skip it.
     """
-    native = not (fused is False or not _native.available())
+    native = may_be_native(fused)
     if fused and not native:
         raise RuntimeError(
             f"{name(0)}: fused=True, but {_native.missing}; fused=None takes pure PyTorch instead"
@@ -548,10 +560,18 @@ def check_operands(
     if not grad.is_floating_point():
         raise ValueError(f"{name()}: the gradient's dtype is {grad.dtype}: must be floating-point")
     _check_alike(param, grad, "the gradient", name)
-    if momentum is not None:
-        check_state(param, momentum, "momentum_buffer", name)
-    if master is not None:
-        check_state(param, master, "master_weight", name)
+    for key, value in (("momentum_buffer", momentum), ("master_weight", master)):
+        if value is not None:
+            check_state(param, value, key, name)
+    for what, tensor in (
+        ("the parameter", param),
+        ("momentum_buffer", momentum),
+        ("master_weight", master),
+    ):
+        if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"{name()}: {what} was made in inference mode: torch changes it in that mode only"
+            )
 
 
 def check_state(param: Tensor, value: Any, key: str, name: Callable[[], str]) -> None:
@@ -562,6 +582,8 @@ def check_state(param: Tensor, value: Any, key: str, name: Callable[[], str]) ->
     """
     if not isinstance(value, Tensor):
         raise ValueError(f"{name()}: {key} is {value!r}: must be a tensor")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name()}: {key}'s layout is {value.layout}: must be strided")
     if value.is_neg():
         raise ValueError(f"{name()}: {key} is a lazily negated view: call resolve_neg()")
     _check_alike(param, value, key, name)
@@ -594,8 +616,6 @@ def _check_overlap(tensor: Tensor, what: str, name: Callable[[], str]) -> None:
     Raises:
         ValueError: says which tensor of which parameter.
     """
-    if tensor.layout is not torch.strided:
-        return
     if any(n > 1 and s == 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(
             f"{name()}: {what} overlaps itself in memory (shape {tuple(tensor.shape)}, strides "
@@ -844,7 +864,12 @@ def _update_in_(
 
 
 def _count_zeros(params: Sequence[Tensor], counters: Tensor) -> None:
-    torch.stack([(p == 0).sum() for p in params], out=counters)
+    torch.stack([count_zeros(p) for p in params], out=counters)
+
+
+def count_zeros(tensor: Tensor) -> Tensor:
+    """The number of zeros, of either sign, as a tensor; takes no memory for each element."""
+    return tensor.numel() - torch.count_nonzero(tensor)
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

@@ -24,6 +24,7 @@ from .functional import (
     check_state,
     hyperparameters,
     is_capturing,
+    may_be_native,
     prepare_prox_sgd,
 )
 from .sparsity import Sparsity, sparsity
@@ -68,7 +69,8 @@ class ProxSGD(Optimizer):
 
     Args:
         params: tensors, dicts of parameter groups, or ``model.named_parameters()``. Every option
-            below is an option of a group too. See :func:`resnet_reg_ext.param_groups`.
+            below is an option of a group too. No two may share memory: they are stepped at the same
+            time. See :func:`resnet_reg_ext.param_groups`.
         lr: learning rate, >= 0 (default: 1e-3). A one-element tensor is read at each step.
         momentum: in [0, 1) (default: 0.9).
         dampening: in [0, 1] (default: 0).
@@ -86,8 +88,9 @@ class ProxSGD(Optimizer):
             tensor is then followed by the graph, and what would need the host to wait raises
             (default: False).
         master_weights: keep a float32 copy of bfloat16 and float16 parameters, on which the update
-            is made; the parameter is what it rounds to. A parameter that is changed in another way
-            goes back to its copy's value at the next step. Without it a bfloat16 weight stays
+            is made; the parameter is what it rounds to. A parameter that is changed in another way,
+            or by a step without this option, goes back to its copy's value at the next step with
+            it. Without it a bfloat16 weight stays
             where it is if a step is less than 1/512 of it (default: False).
         momentum_dtype: the dtype of the momentum buffers: None is the parameter's, or float32 with
             master weights; ``torch.bfloat16`` with float32 parameters saves 4 of the 20 bytes an
@@ -372,7 +375,7 @@ class ProxSGD(Optimizer):
         if created and self._groups_traced:
             self._forget_traced()
         if counted:
-            self._counted = [c.with_versions() for c in counted]
+            self._counted = [c.with_stands() for c in counted]
 
     def _step_on(
         self,
@@ -468,7 +471,10 @@ class ProxSGD(Optimizer):
                 raise ValueError(
                     f"ProxSGD: grad_coefficient is {grad_coefficient!r}: must be a number"
                 )
-            grad_coefficient = torch.tensor(float(grad_coefficient), device="cpu")
+            # Rounded to float32 later, whatever the default dtype and device are.
+            grad_coefficient = torch.tensor(
+                float(grad_coefficient), dtype=torch.float64, device="cpu"
+            )
         if grad_coefficient is not None and grad_coefficient.numel() != 1:
             raise ValueError(
                 f"ProxSGD: grad_coefficient is a tensor of shape {tuple(grad_coefficient.shape)}: "
@@ -529,7 +535,7 @@ def _check_params(group: dict[str, Any], index: int) -> None:
     """Refuses parameters that a step can't be right for, whatever their gradients."""
     places: dict[int, int] = {}
     for i, param in enumerate(group["params"]):
-        if param.is_neg():
+        if not torch.nn.parameter.is_lazy(param) and param.is_neg():
             raise ValueError(
                 f"{_name(group, index, i)}: is a lazily negated view: call resolve_neg() on it"
             )
@@ -583,16 +589,24 @@ def _restore_dtypes(
             state[key] = saved[key].to(param.device, dtype, copy=True)
 
 
+_Stand = tuple[int, int] | None
+
+
+def _stand(param: Tensor) -> _Stand:
+    """What changes where a parameter does; None for one that doesn't tell."""
+    return None if param.is_inference() else (param._version, param.data_ptr())
+
+
 class _Counted(NamedTuple):
     """Zeros that a step has counted."""
 
     params: list[Tensor]
     zeros: Tensor
     found_inf: Tensor | None
-    versions: tuple[int, ...] = ()
+    stands: tuple[_Stand, ...] = ()
 
-    def with_versions(self) -> _Counted:
-        return self._replace(versions=tuple(p._version for p in self.params))
+    def with_stands(self) -> _Counted:
+        return self._replace(stands=tuple(map(_stand, self.params)))
 
     def unchanged(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters that are as the step left them, with their zeros."""
@@ -600,8 +614,8 @@ class _Counted(NamedTuple):
             return []  # the kernel skipped the step, counting included
         return [
             (p, zeros)
-            for p, zeros, version in zip(self.params, self.zeros, self.versions, strict=True)
-            if p._version == version
+            for p, zeros, stand in zip(self.params, self.zeros, self.stands, strict=True)
+            if stand is not None and stand == _stand(p)
         ]
 
 
@@ -621,7 +635,7 @@ class _StatesInOrder:
     def gather(self, group: dict[str, Any], with_momentum: bool) -> Bucket | None:
         """The bucket of a group by the native core's quick way; None where that is not open."""
         params: list[Tensor] = group["params"]
-        if group["fused"] is False or not params:
+        if not params or not may_be_native(group["fused"]):
             return None
         zeros = None
         if group["track_sparsity"]:
@@ -668,7 +682,7 @@ def _buckets(
     gathered = states.gather(group, with_momentum)
     if gathered is not None:
         return [(gathered, [])] if gathered.params else []
-    params: list[Tensor] = group["params"]
+    params: list[Tensor] = list(group["params"])
     grads: list[Any] = [p.grad for p in params]
     if NoneType in set(map(type, grads)):
         params = [p for p, g in zip(params, grads, strict=True) if g is not None]
@@ -752,7 +766,7 @@ def _name_at(group: dict[str, Any], group_index: int, positions: list[int], inde
 
 def _name(group: dict[str, Any], group_index: int, index: int) -> str:
     names = group.get("param_names")
-    name = f" ({names[index]})" if names else ""
+    name = f" ({names[index]})" if names and index < len(names) else ""
     return f"ProxSGD: param_groups[{group_index}]['params'][{index}]{name}"
 
 

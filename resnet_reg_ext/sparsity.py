@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import _distributed
+from .functional import count_zeros
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
         tracked: Any = getattr(source, "_zeros_known", None)
         known: dict[Tensor, Tensor] = {} if tracked is None else tracked()
         counts = [
-            known[p] if p in known else (_distributed.countable(p.detach()) == 0).sum()
+            known[p] if p in known else count_zeros(_distributed.countable(p.detach()))
             for _, p, _ in named
         ]
         counts = _distributed.summed(counts, [p for _, p, _ in named])

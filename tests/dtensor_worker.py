@@ -104,14 +104,13 @@ def save(model, optimizer, folder):
     dcp.save(
         {"model": weights, "optimizer": state},
         checkpoint_id=folder,
-        no_dist=not dist.is_initialized(),
     )
 
 
 def load(model, optimizer, folder):
     weights, state = get_state_dict(model, optimizer)
     loaded = {"model": weights, "optimizer": state}
-    dcp.load(loaded, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    dcp.load(loaded, checkpoint_id=folder)
     set_state_dict(
         model,
         optimizer,

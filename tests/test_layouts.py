@@ -1,8 +1,11 @@
 """Whatever order the elements have in memory, each gets its own gradient and momentum."""
 
+import gc
 import itertools
+import pathlib
 import subprocess
 import sys
+import textwrap
 import weakref
 
 import pytest
@@ -526,3 +529,59 @@ def test_an_exchange_api_that_is_none_of_torchs_is_not_used(found):
         [sys.executable, "-P", "-c", script], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+# What other threads could do wherever torch lets them run: torch calls this mode at such places.
+CHANGES = {
+    "parameters cleared": lambda optimizer: optimizer.param_groups[0]["params"].clear(),
+    "state cleared": lambda optimizer: optimizer.state.clear(),
+    "all lists looked into": lambda optimizer: [
+        list(found) for found in gc.get_objects() if type(found) is list
+    ],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_changes_while_tensors_are_read_do_no_harm(change, momentum):
+    """In a process of its own, which must not die."""
+    script = textwrap.dedent(f"""
+        import gc, torch
+        from torch.overrides import TorchFunctionMode
+        from resnet_reg_ext import ProxSGD
+        from test_layouts import CHANGES
+
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(300)]
+        optimizer = ProxSGD(params, lr=0.25, momentum={momentum}, weight_decay=0.0, l1=0.0)
+        for p in params:
+            p.grad = torch.ones(3)
+        optimizer.step()
+        gc.collect()
+        gc.freeze()
+        calls = 0
+
+        class Change(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                global calls
+                calls += 1
+                if calls in (1, 2, 150, 250, 290, 301, 450):
+                    CHANGES[{change!r}](optimizer)
+                return function(*args, **(kwargs or {{}}))
+
+        with Change():
+            optimizer.step()
+        assert calls > 2
+        # Every parameter has been stepped once more, or not at all.
+        values = {{p.tolist()[0] for p in params}}
+        assert values <= {{0.75, 0.5, 0.75 - 0.25 * (1 + {momentum})}}, values
+        print("lives")
+    """)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "lives\n"

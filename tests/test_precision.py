@@ -14,6 +14,7 @@ from reference import assert_same
 
 from resnet_reg_ext import ProxSGD, sparsity
 
+ACTIVITIES = [torch.profiler.ProfilerActivity.CPU]
 BACKENDS = pytest.mark.parametrize("fused", [True, False])
 
 
@@ -280,6 +281,35 @@ def test_zeros_counted_in_the_step_are_those_that_are_there(dtype, fused):
         }
     assert optimizer.sparsity() == sparsity(optimizer)
     assert 0 < optimizer.sparsity().fraction < 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_counting_takes_no_memory_for_each_element(fused):
+    w = torch.nn.Parameter(torch.zeros(1 << 22))
+    w.grad = torch.ones_like(w)
+    optimizer = ProxSGD([w], momentum=0.0, track_sparsity=True, fused=fused)
+    optimizer.step()
+    with torch.profiler.profile(profile_memory=True, activities=ACTIVITIES) as profile:
+        optimizer.step()
+        optimizer.sparsity()
+        sparsity(optimizer)
+        sparsity(torch.nn.ParameterList([w]))
+    sizes = [event.cpu_memory_usage for event in profile.events()]
+    # Pure PyTorch works in chunks, in memory of a quarter of a million elements.
+    assert max(sizes) <= 4 << 18
+
+
+def test_a_count_is_not_believed_after_two_weights_were_swapped():
+    first, second = (torch.nn.Parameter(torch.full((4,), value)) for value in (1.0, 0.0))
+    for p in (first, second):
+        p.grad = torch.zeros(4)
+    optimizer = ProxSGD([first], momentum=0.0, track_sparsity=True)
+    other = ProxSGD([second], momentum=0.0)
+    optimizer.step()
+    other.step()
+    assert optimizer.sparsity().zeros == 0
+    first.data, second.data = second.data, first.data
+    assert optimizer.sparsity().zeros == 4
 
 
 def test_a_count_is_not_believed_after_the_weights_have_changed():

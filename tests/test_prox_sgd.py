@@ -441,6 +441,72 @@ def test_a_default_device_is_none_of_the_steps_business(size, fused):
     assert torch.equal(plain, under)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_coefficient_does_not_depend_on_the_default_dtype(dtype, fused):
+    weights = []
+    for default in (torch.float32, dtype):
+        w = torch.nn.Parameter(torch.zeros(3, dtype=torch.float32))
+        w.grad = torch.ones(3, dtype=torch.float32)
+        optimizer = ProxSGD([w], 1.0, momentum=0.0, weight_decay=0.0, l1=0.0, fused=fused)
+        torch.set_default_dtype(default)
+        try:
+            optimizer.step(grad_coefficient=1e6 + 0.125)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        weights.append(w.detach())
+    assert torch.equal(*weights)
+    assert weights[0][0] == -(1e6 + 0.125)
+
+
+def test_parameters_in_a_tuple():
+    """torch's own step only goes through them, whatever they are in."""
+    w = torch.nn.Parameter(torch.zeros(3))
+    w.grad = torch.ones(3)
+    optimizer = ProxSGD([w], lr=1.0, momentum=0.5, weight_decay=0.0, l1=0.0)
+    optimizer.param_groups[0]["params"] = (w,)
+    optimizer.step()
+    optimizer.step()
+    assert w.tolist() == [-2.5] * 3
+
+
+def test_lazy_modules():
+    """Their parameters have no shape yet when the optimizer is made."""
+    torch.manual_seed(0)
+    net = torch.nn.LazyLinear(2)
+    optimizer = ProxSGD(net.parameters(), lr=1.0, momentum=0.0, weight_decay=0.0, l1=0.0)
+    net(torch.ones(1, 3)).sum().backward()
+    before = net.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(net.weight, before - 1)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_graph_that_is_recorded_holds_the_step(fused):
+    """A native kernel is nothing that torch's dispatch modes could see."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def step(p, g):
+        p = p.clone()
+        prox_sgd_([p], [g], lr=0.5, l1=0.5, fused=fused)
+        return p
+
+    p, g = torch.tensor([1.0, 0.1]), torch.tensor([1.0, 0.0])
+    recorded = make_fx(step)(torch.zeros(2), torch.zeros(2))
+    assert recorded(p, g).tolist() == step(p, g).tolist() == [0.25, 0.0]
+
+
+def test_fake_tensors_mode_leaves_the_real_ones_alone():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    w = torch.nn.Parameter(torch.ones(3))
+    w.grad = torch.ones(3)
+    optimizer = ProxSGD([w], lr=1.0, momentum=0.0, weight_decay=0.0, l1=0.0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        optimizer.step()
+    assert w.tolist() == [1.0] * 3
+
+
 def test_a_closure_that_raises_changes_nothing():
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)

@@ -18,6 +18,7 @@ BAD_OPTIONS = [
     ("lr", "fast", "must be a number"),
     ("lr", "0.1", "must be a number"),
     ("lr", None, "must be a number"),
+    ("lr", 10**400, "must be a number"),
     ("lr", torch.tensor([0.1, 0.2]), "must be a number"),
     ("lr", torch.tensor(-0.5), "must be finite and not negative"),
     ("l1", -1e-5, "must be finite and not negative"),
@@ -211,8 +212,10 @@ def test_momentum_on_another_device(fused, named):
         ("none at all", "momentum_buffer is 'none at all': must be a tensor"),
         (torch.zeros(5, 3, dtype=torch.int64), "momentum_buffer's dtype is torch.int64"),
         (torch.zeros(5, 3, dtype=torch.complex64), "momentum_buffer's dtype is torch.complex64"),
+        (torch.eye(5, 3).to_sparse(), "momentum_buffer's layout is torch.sparse_coo"),
+        (torch.eye(5, 3).to_sparse_csr(), "momentum_buffer's layout is torch.sparse_csr"),
     ],
-    ids=["text", "int64", "complex64"],
+    ids=["text", "int64", "complex64", "sparse", "sparse rows"],
 )
 def test_momentum_that_is_no_real_tensor(fused, named, buffer, words):
     optimizer = optimizer_of(fused=fused, named=named)
@@ -256,6 +259,23 @@ def test_a_parameter_listed_twice(named):
     with pytest.raises(ValueError, match=re.escape("param_groups[2]['params'][1]")):
         optimizer.add_param_group({"params": [b, b]})
     assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("which", ["parameter", "momentum"])
+def test_what_was_made_in_inference_mode(which):
+    """Pure PyTorch can't write to it, and must find out before it has written to others."""
+    optimizer = optimizer_of(fused=False)
+    p = last_parameter(optimizer)
+    with torch.inference_mode():
+        made = torch.ones(5, 3)
+    if which == "momentum":
+        optimizer.state[p]["momentum_buffer"] = made
+        words = (place(False), "momentum_buffer was made in inference mode")
+    else:
+        made.grad = torch.ones(5, 3)
+        optimizer.param_groups[1]["params"][2] = made
+        words = (place(False), "the parameter was made in inference mode")
+    assert_refused(optimizer, ValueError, *words)
 
 
 def test_a_group_that_is_no_dict():
