@@ -6,7 +6,9 @@ import struct
 import subprocess
 import sys
 import sysconfig
+import warnings
 
+import pytest
 import torch
 
 import resnet_reg_ext
@@ -117,3 +119,17 @@ print(module.build_info()["version"], module.simd_level())
 def test_public_names():
     for name in resnet_reg_ext.__all__:
         assert getattr(resnet_reg_ext, name) is not None
+
+
+def test_a_device_that_cannot_be_used_is_warned_of_once_with_the_reason(monkeypatch):
+    """Asked of a device that there is on no machine, so of one with a GPU too."""
+    monkeypatch.setattr(_native, "_warned", set())
+    device = torch.device("cuda:99")
+    why = _native.why_cuda_unusable(device.index)
+    assert why
+    with pytest.warns(UserWarning, match="ProxSGD runs in pure PyTorch on cuda:99") as caught:
+        _native.warn_unusable_cuda(device)
+    assert why in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _native.warn_unusable_cuda(device)
