@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="resnet-reg bench",
         description="Times a step of ProxSGD against what one would use instead, each checked "
         "before, all in turn. Takes a minute or two; do nothing else meanwhile. Libraries to "
-        "compare with come with: pip install 'resnet_reg_ext[bench]'",
+        "compare with come with: pip install '.[bench]' in the sources' folder",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="unset: the GPU if torch finds one, else the CPU"

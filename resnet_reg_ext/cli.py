@@ -51,10 +51,11 @@ def info() -> str:
         rows.append(("CUDA architectures", build["cuda_architectures"]))
     driver = _driver_version()
     rows.append(("NVIDIA driver", f"supports CUDA {_cuda_version(driver)}" if driver else "none"))
+    rows.append(("steps on a CPU", f"native, {core.simd_level()}"))
     if build["cuda_toolkit"] and driver:
         for index in range(torch.cuda.device_count()):
             why = _native.why_cuda_unusable(index)
-            rows.append((f"cuda:{index}", f"pure PyTorch: {why}" if why else "native"))
+            rows.append((f"steps on cuda:{index}", f"pure PyTorch: {why}" if why else "native"))
     return _table(rows)
 
 
@@ -83,10 +84,14 @@ def _recipe(command: str, arguments: Sequence[str]) -> int:
     # A torchvision built for another torch raises a RuntimeError or OSError.
     except (ImportError, OSError, RuntimeError) as error:
         print(
-            f"resnet-reg {command}: {error}; it needs: pip install 'resnet_reg_ext[train]'",
+            f"resnet-reg {command}: it needs the extra 'train': pip install '.[train]' in the "
+            f"sources' folder ({error})",
             file=sys.stderr,
         )
         return 2
+    except KeyboardInterrupt:
+        print(f"resnet-reg {command}: interrupted", file=sys.stderr)
+        return 130
     return commands.main(command, arguments)
 
 
@@ -103,7 +108,11 @@ def _bench(arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="resnet-reg", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="resnet-reg",
+        description="Regularised, sparse ResNet-50s: what is installed, what a step costs, and a "
+        "training recipe. `resnet-reg COMMAND --help` tells more of a command.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is built and usable here, and why something is not")

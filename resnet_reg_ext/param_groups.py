@@ -36,11 +36,17 @@ def param_groups(
         One or two groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: the model has no parameters, or a pattern matches none of their names.
 
     Example:
         >>> optimizer = ProxSGD(param_groups(model, l1=1e-5, weight_decay=1e-4), lr=0.1)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"param_groups: model is a {type(model).__name__}: must be a module, whose layers tell "
+            "which parameters to regularise"
+        )
     exclude = (exclude,) if isinstance(exclude, str) else exclude
     unmatched = set(exclude)
     names: dict[nn.Parameter, str] = {}

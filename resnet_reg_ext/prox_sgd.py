@@ -266,6 +266,11 @@ class ProxSGD(Optimizer):
                 "many as the optimizer has"
             )
         for index, (one, other) in enumerate(zip(saved, live, strict=True)):
+            if "momentum" not in one:
+                raise ValueError(
+                    f"ProxSGD: param_groups[{index}]: the checkpoint has no momentum: must be a "
+                    "ProxSGD's or a torch.optim.SGD's"
+                )
             if len(one["params"]) != len(other["params"]):
                 raise ValueError(
                     f"ProxSGD: param_groups[{index}]: the checkpoint has {len(one['params'])} "
@@ -543,7 +548,7 @@ def _check_params(group: dict[str, Any], index: int) -> None:
         if first != i:
             raise ValueError(
                 f"{_name(group, index, i)}: is the same parameter as "
-                f"{_name(group, index, first)}: list it once"
+                f"{_name(group, index, first).removeprefix('ProxSGD: ')}: list it once"
             )
 
 

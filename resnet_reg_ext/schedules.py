@@ -26,6 +26,12 @@ class _L1Steering(LRScheduler):
         name = type(self).__name__
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{name}: optimizer is a {type(optimizer).__name__}: must be ProxSGD")
+        # Its groups may well have an l1, which it keeps and does nothing with.
+        if type(optimizer).__module__.startswith("torch.optim."):
+            raise TypeError(
+                f"{name}: optimizer is torch's {type(optimizer).__name__}, which applies no l1: "
+                "must be ProxSGD"
+            )
         self.optimizer = optimizer
         self.last_epoch = 0
         self._groups = [i for i, g in enumerate(optimizer.param_groups) if self._is_steered(g)]
@@ -76,7 +82,7 @@ class L1Scheduler(_L1Steering):
             for each group (``LambdaLR``'s functions), it is for the scheduled groups.
 
     Raises:
-        TypeError: ``optimizer`` is none.
+        TypeError: ``optimizer`` isn't one that applies an l1.
         ValueError: no group has an l1 above 0.
 
     Example:
@@ -185,7 +191,7 @@ class TargetSparsity(_L1Steering):
         freeze: whether to freeze the zeros once the target is reached (default: True).
 
     Raises:
-        TypeError: ``optimizer`` is none, or a number of steps isn't whole.
+        TypeError: ``optimizer`` isn't one that applies an l1, or a number of steps isn't whole.
         ValueError: no group has an l1 above 0, or an argument is out of its range.
 
     Example:

@@ -92,6 +92,12 @@ def test_exclude(patterns, moved):
     assert moved <= set(unregularised)
 
 
+@pytest.mark.parametrize("model", [list(Net().parameters()), Net().named_parameters()])
+def test_parameters_alone_do_not_tell_what_they_are(model):
+    with pytest.raises(TypeError, match=f"model is a {type(model).__name__}: must be a module"):
+        param_groups(model)
+
+
 @pytest.mark.parametrize("pattern", ["fc.*", "conv", "CONV.weight", ""])
 def test_exclude_that_matches_nothing(pattern):
     with pytest.raises(ValueError, match=re.escape(repr(pattern))):

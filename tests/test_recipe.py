@@ -15,6 +15,7 @@ import pytest
 import torch
 import torchvision
 import yaml
+from test_recipe_data import make_images
 
 from resnet_reg_ext import cli
 from resnet_reg_ext.recipe import compare
@@ -219,7 +220,7 @@ def test_compare_prints_a_verdict_and_writes_its_plots(tmp_path, capsys):
     [
         (["--data", "/no/where"], "--data /no/where is not a folder"),
         (["--weights", "/no/where"], "is not a file"),
-        (["--train-size", "1000000"], "train_size=1000000"),
+        (["--train-size", "1000000"], "with --train-size 1000000"),
         (["--batch-size", "1000000"], "--batch-size"),
     ],
     ids=["data", "weights", "train-size", "batch-size"],
@@ -230,6 +231,38 @@ def test_bad_input_leaves_nothing_so_that_the_right_command_runs(
     out = tmp_path / "out"
     assert words in refused([command, *TINY, *wrong, "--out", str(out)], capsys)
     assert not out.exists()
+
+
+def test_the_commands_of_the_readme_in_their_order(tmp_path, capsys, monkeypatch):
+    """On a folder with train/ and val/; labels stay as they are, images are those of ImageNet."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        make_images(tmp_path / "DIR" / split, ["cat", "dog"], count=4)
+    few = ["--data", "DIR", "--batch-size", "4", "--epochs", "1", "--accelerator", "cpu"]
+    assert cli.main(["train", *few, "--l1", "1e-4", "--out", "out/run"]) == 0
+    said = capsys.readouterr().out
+    assert "2 classes (cat, dog), 224 px" in said
+    assert "trained on: 8 images\n" in said
+    assert "1 epoch of 2 steps" in said
+    assert cli.main(["evaluate", "out/run/best.ckpt", "--data", "DIR"]) == 0
+    assert "on 8 images of DIR (val)" in capsys.readouterr().out
+    assert (tmp_path / "out" / "run" / "evaluate" / "confusion.png").is_file()
+    small = ["--image-size", "16"]
+    assert cli.main(["compare", *few, *small, "--out", "out/compare"]) == 0
+    assert "label made wrong" not in capsys.readouterr().out
+    assert "`compare`'s: resnet-reg compare --resume out/compare" in refused(
+        ["train", "--resume", "out/compare"], capsys
+    )
+    before = (tmp_path / "out" / "run" / "result.json").read_bytes()
+    assert cli.main(["train", "--resume", "out/run"]) == 0
+    assert "out/run is finished" in capsys.readouterr().out
+    assert (tmp_path / "out" / "run" / "result.json").read_bytes() == before
+
+
+def test_training_that_diverges_says_so(tmp_path, capsys):
+    options = [*TINY, "--train-size", "20", "--epochs", "1", "--lr", "1e30"]
+    assert cli.main(["train", *options, "--out", str(tmp_path / "out")]) == 0
+    assert "training has diverged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("way", ["again", "resumed"])
@@ -410,7 +443,7 @@ def test_a_missing_extra_is_named(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 2
-    assert done.stderr.endswith("it needs: pip install 'resnet_reg_ext[train]'\n")
+    assert "it needs the extra 'train': pip install '.[train]'" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -140,6 +140,39 @@ def test_what_is_no_data_set_is_refused(tmp_path):
     assert f"{two / 'cow'} has no image" in refused(run_for(two, val_fraction=0.5))
 
 
+@pytest.mark.parametrize("name", ["Train", "training", "validation", "TEST"])
+def test_a_split_of_another_name_is_not_taken_for_a_class(name, tmp_path):
+    for folder in (name, "other"):
+        make_images(tmp_path / folder, ["cat", "dog"])
+    said = refused(run_for(tmp_path, val_fraction=0.5))
+    assert f"a folder {name}, which looks like a split" in said
+    assert "must be called train, val and test" in said
+
+
+def test_a_folder_around_the_class_folders_is_named(tmp_path):
+    for folder in ("one", "two"):
+        make_images(tmp_path / folder, ["cat", "dog"])
+    said = refused(run_for(tmp_path, val_fraction=0.5))
+    assert f"is {tmp_path / 'one'} the folder of class folders?" in said
+
+
+def test_images_without_class_folders_are_not_called_nothing(tmp_path):
+    (image,) = make_images(tmp_path / "made", ["cat"], count=1).glob("cat/*.png")
+    (tmp_path / "loose").mkdir()
+    image.rename(tmp_path / "loose" / "0.png")
+    assert "has 1 images but no folders" in refused(run_for(tmp_path / "loose", val_fraction=0.5))
+
+
+def test_hidden_files_are_no_images_and_hidden_folders_no_classes(tmp_path):
+    make_images(tmp_path, ["cat", "dog"])
+    make_images(tmp_path / "cat", [".thumbnails"])
+    make_images(tmp_path, [".ipynb_checkpoints"])
+    (tmp_path / "dog" / "._0.png").write_bytes(b"as macOS writes beside each file")
+    images = load_images(run_for(tmp_path, val_fraction=0.5))
+    assert images.classes == ("cat", "dog")
+    assert len(images.train) + len(images.test) == 12
+
+
 def test_a_class_that_the_training_lacks_is_refused(tmp_path):
     make_images(tmp_path / "train", ["cat", "dog"])
     make_images(tmp_path / "val", ["cat", "emu"])
@@ -162,3 +195,5 @@ def test_sizes_that_cannot_be_are_refused(tmp_path):
     assert "--train-size 99" in refused(Run(**{**vars(folder), "train_size": 99}))
     assert "--batch-size 7 is more than the 6" in refused(Run(**{**vars(folder), "batch_size": 7}))
     assert "can't split 1797 images" in refused(Run(train_size=1790))
+    said = refused(Run(**{**vars(folder), "test_size": 1}))
+    assert "can't split 6 images of 2 classes, 3 to 3 of each, with --test-size 1:" in said

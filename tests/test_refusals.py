@@ -400,6 +400,20 @@ def test_checkpoint_of_another_model(shapes, words):
     assert snapshot(optimizer) == before
 
 
+@pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_checkpoint_of_another_kind_of_optimizer(other):
+    optimizer = optimizer_of(groups=1)
+    params = [nn.Parameter(torch.ones(5, 3)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.ones(5, 3)
+    another = other(params)
+    another.step()
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: the checkpoint has no momentum"):
+        optimizer.load_state_dict(another.state_dict())
+    assert snapshot(optimizer) == before
+
+
 def test_checkpoint_with_another_number_of_groups():
     optimizer = optimizer_of(groups=2)
     before = snapshot(optimizer)

@@ -289,8 +289,10 @@ def test_state_of_other_groups_is_refused():
 def test_what_can_not_be_steered_is_refused(make):
     with pytest.raises(ValueError, match="no parameter group has an l1 above 0"):
         make(optimizer_with(0.0))
-    with pytest.raises(ValueError, match="no parameter group has an l1 above 0"):
-        make(torch.optim.SGD([torch.ones(1)], lr=0.1))
+    # param_groups leaves an l1 in its groups, which SGD keeps and does nothing with.
+    for options in ({}, {"l1": 0.1}):
+        with pytest.raises(TypeError, match="torch's SGD, which applies no l1: must be ProxSGD"):
+            make(torch.optim.SGD([{"params": [torch.ones(1)], **options}], lr=0.1))
     with pytest.raises(TypeError, match="optimizer is a Linear: must be ProxSGD"):
         make(nn.Linear(1, 1))
 

@@ -1,6 +1,7 @@
 """A ResNet-50 recipe with Lightning: trains, compares and evaluates runs with ``ProxSGD``.
 
-Needs the ``train`` extra: ``pip install 'resnet_reg_ext[train]'``. Importing the package does not.
+Needs the ``train`` extra: ``pip install '.[train]'`` in the sources' folder. Importing the package
+does not.
 
 The modules, in the order of a run:
 

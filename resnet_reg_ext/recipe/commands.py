@@ -13,7 +13,7 @@ from .callbacks import Stopped
 from .data import SPLITS
 from .files import RecipeError
 from .settings import Run, add_run_options, config_arguments, in_range, run_from
-from .train import is_first_process, train
+from .train import Result, is_first_process, train
 
 # Chosen so that the unregularised ResNet-50 overfits visibly within minutes: docs/recipe.md.
 COMPARED = Run(label_noise=0.3, l1=6e-3, weight_decay=3e-3)
@@ -88,6 +88,12 @@ def _settle(
     if len(arguments) > (1 if arguments[0].startswith("--resume=") else 2):
         raise RecipeError("--resume DIR takes all settings from DIR: give no other option")
     if not (folder / options_file).is_file():
+        commands = {"run.yaml": "train", "compare.yaml": "compare", "path.yaml": "path"}
+        for name, command in commands.items():
+            if (folder / name).is_file():
+                raise RecipeError(
+                    f"{folder} is `{command}`'s: resnet-reg {command} --resume {folder}"
+                )
         raise RecipeError(f"nothing to resume in {folder}: it has no {options_file}")
     args = _parse(parser, ["--config", str(folder / options_file)])
     args.resume, args.out = folder, folder
@@ -99,9 +105,12 @@ def _train(arguments: list[str]) -> None:
     add_run_options(parser, Run())
     _add_out(parser, "out/train")
     args = _settle(parser, arguments, "run.yaml")
-    run = run_from(args)
+    run = run_from(args, Run())
     if run.target_sparsity != run.steered_to:
         raise RecipeError("--target-sparsity needs an --l1 above 0 to start from")
+    if args.resume is not None and (args.out / "result.json").is_file():
+        print(f"{args.out} is finished\n\n{compare.table({'run': [Result.load(args.out)]})}")
+        return
     has_begun = (args.out / "last.ckpt").is_file()
     if args.resume is not None and not has_begun and is_first_process():
         print(f"{args.out} has no last.ckpt yet: from the beginning, with the settings it has")
@@ -120,7 +129,8 @@ def _compare(arguments: list[str]) -> None:
     )
     _add_out(parser, "out/compare")
     args = _settle(parser, arguments, "compare.yaml")
-    _list_files(compare.compare(run_from(args), args.seeds, args.out, args.resume is not None))
+    run = run_from(args, COMPARED)
+    _list_files(compare.compare(run, args.seeds, args.out, args.resume is not None))
 
 
 def _path(arguments: list[str]) -> None:
@@ -145,7 +155,7 @@ def _path(arguments: list[str]) -> None:
         raise RecipeError(f"--l1 must increase, got {' '.join(f'{v:g}' for v in args.l1)}")
     _list_files(
         compare.path(
-            run_from(args, l1=0.0),
+            run_from(args, COMPARED, l1=0.0),
             args.l1,
             args.seeds,
             args.out,
@@ -159,11 +169,23 @@ def _evaluate(arguments: list[str]) -> None:
     parser = _parser("evaluate")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--data", help="as of `train` (default: what it was trained on)")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
-    parser.add_argument("--corrupt", choices=("refuse", "skip"), default="refuse")
-    parser.add_argument("--out", type=Path, default=Path("out/evaluate"), help="output folder")
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        help="which images (default: test where the data has it, else val)",
+    )
+    parser.add_argument(
+        "--corrupt",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what to do about unreadable images (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="output folder (default: evaluate/ beside the checkpoint)"
+    )
     args = parser.parse_args(arguments)
-    _list_files(evaluate.evaluate(args.checkpoint, args.data, args.split, args.corrupt, args.out))
+    out = args.out or args.checkpoint.parent / "evaluate"
+    _list_files(evaluate.evaluate(args.checkpoint, args.data, args.split, args.corrupt, out))
 
 
 def _list_files(paths: Sequence[Path]) -> None:

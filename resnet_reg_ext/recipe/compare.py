@@ -81,7 +81,7 @@ def compare(run: Run, seeds: int, out: Path, resume: bool = False) -> list[Path]
             {name: _sum([r.confusion for r in rs]) for name, rs in results.items()},
             results["none"][0].classes,
             out / "confusion.png",
-            subtitle,
+            f"{subtitle}{', summed over them' if seeds > 1 else ''}",
         ),
         plots.sparsity_by_layer(_zeros(results), out / "sparsity_by_layer.png", subtitle),
     ]
@@ -256,8 +256,7 @@ def report(results: Results, verdict: Sequence[str]) -> str:
         ]
     if len(runs) == 1:
         lines += [
-            "- This is one seed; another may rank the runs otherwise. The spread over three is in "
-            "docs/recipe.md."
+            "- This is one seed; another may rank the runs otherwise: --seeds 3 shows the spread."
         ]
     else:
         lines += [

@@ -76,6 +76,12 @@ def load_images(run: Run) -> Images:
     return replace(images, train=train, test=test)
 
 
+def default_split(run: Run) -> str:
+    """The split to evaluate on: test, unless there is a folder for val alone."""
+    held_out = [name for name in ("test", "val") if (Path(run.data) / name).is_dir()]
+    return "val" if held_out == ["val"] and run.val_fraction is None else "test"
+
+
 def load_split(run: Run, split: str, classes: Sequence[str]) -> Split:
     """One split, for evaluation; its labels are true.
 
@@ -95,7 +101,10 @@ def load_split(run: Run, split: str, classes: Sequence[str]) -> Split:
         if any((root / name).is_dir() for name in SPLITS):
             root = root / split
             if not root.is_dir():
-                raise RecipeError(f"--data {run.data} has no folder {split}")
+                there = [name for name in SPLITS if (Path(run.data) / name).is_dir()]
+                raise RecipeError(
+                    f"--data {run.data} has no folder {split}; --split may be {' or '.join(there)}"
+                )
         return _scan(root, run, classes)[0]
     images = load_images(replace(run, label_noise=0.0, batch_size=2))
     if images.classes != tuple(classes):
@@ -136,6 +145,18 @@ def _folder(run: Run) -> Images:
         raise RecipeError(f"--data {root} is not a folder (nor {DIGITS!r})")
     if not (root / "train").is_dir():
         classes = _class_names(root)
+        for name in filter(lambda name: name.lower() in _LIKE_SPLITS, classes):
+            raise RecipeError(
+                f"--data {root} has a folder {name}, which looks like a split and not like a "
+                "class: splits must be called train, val and test"
+            )
+        for name in classes:
+            inside = [path for path in _folders(root / name) if any(_images_in(path))]
+            if inside and not any(map(_is_image, (root / name).iterdir())):
+                raise RecipeError(
+                    f"--data {root} has no images in {name}, but in folders inside it: is "
+                    f"{root / name} the folder of class folders?"
+                )
         if run.val_fraction is None:
             raise RecipeError(
                 f"--data {root} has no folder train: give --val-fraction to split its classes"
@@ -147,7 +168,10 @@ def _folder(run: Run) -> Images:
         raise RecipeError(f"--data {root} is split already: --val-fraction can't be given")
     held_out = [name for name in ("val", "test") if (root / name).is_dir()]
     if not held_out:
-        raise RecipeError(f"--data {root} has a folder train, but neither val nor test")
+        raise RecipeError(
+            f"--data {root} has a folder train, but neither val nor test; to split train: "
+            f"--data {root / 'train'} --val-fraction 0.2"
+        )
     classes = _class_names(root / "train")
     train, notes = _scan(root / "train", run, classes)
     test, test_notes = _scan(root / held_out[0], run, classes)
@@ -156,10 +180,35 @@ def _folder(run: Run) -> Images:
     return Images(classes, train, test, notes + test_notes)
 
 
+# What others call the folders train, val and test.
+_LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, but for hidden ones, as editors and notebooks make them."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _is_image(path: Path) -> bool:
+    """By its name; a hidden file, as macOS writes beside each, is none."""
+    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
+
+
+def _images_in(folder: Path) -> Iterator[Path]:
+    """The images in a folder and those inside it."""
+    return (
+        path
+        for path in folder.rglob("*")
+        if _is_image(path) and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    )
+
+
 def _class_names(folder: Path) -> tuple[str, ...]:
-    names = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+    names = tuple(path.name for path in _folders(folder))
     if not names:
-        raise RecipeError(f"{folder} is empty: it needs a folder of images for each class")
+        found = sum(map(_is_image, folder.iterdir()))
+        what = f"has {found} images but no folders" if found else "is empty"
+        raise RecipeError(f"{folder} {what}: it needs a folder of images for each class")
     if len(names) == 1:
         raise RecipeError(f"{folder} has one class only ({names[0]}); at least two are needed")
     return names
@@ -167,7 +216,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 def _scan(folder: Path, run: Run, classes: Sequence[str]) -> tuple[Split, tuple[str, ...]]:
     """The readable images of a folder of class folders."""
-    found = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+    found = tuple(path.name for path in _folders(folder))
     if not found:
         raise RecipeError(f"{folder} is empty: it needs a folder of images for each class")
     if unknown := sorted(set(found) - set(classes)):
@@ -176,8 +225,7 @@ def _scan(folder: Path, run: Run, classes: Sequence[str]) -> tuple[Split, tuple[
         (path, label)
         for label, name in enumerate(classes)
         if name in found
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMG_EXTENSIONS
+        for path in sorted(_images_in(folder / name))
     ]
     # Every image is decoded once before training: a bad one then stops nothing halfway.
     with ThreadPoolExecutor() as pool:
@@ -219,21 +267,29 @@ def _subset(split: Split, size: int | None, seed: int, option: str) -> Split:
         return split
     if size > len(split):
         raise RecipeError(f"{option} {size} is more than the {len(split)} images there are")
-    return _split(split, seed, train_size=size)[0]
+    part = option.removeprefix("--").replace("-", "_")
+    first, second = _split(split, seed, **{part: size})
+    return first if part == "train_size" else second
 
 
 def _split(split: Split, seed: int, **sizes: Any) -> tuple[Split, Split]:
     """Draws two parts, class by class."""
+    counts = Counter(split.labels.tolist())
     try:
         first, second = train_test_split(
             range(len(split)), stratify=split.labels.numpy(), random_state=seed, **sizes
         )
-    except ValueError as error:
-        asked = ", ".join(f"{name}={value}" for name, value in sizes.items())
-        smallest = min(Counter(split.labels.tolist()).values())
+    except ValueError:
+        asked = " and ".join(
+            f"--val-fraction {value:g}"
+            if isinstance(value, float)
+            else f"--{name.replace('_', '-')} {value}"
+            for name, value in sizes.items()
+        )
         raise RecipeError(
-            f"can't split {len(split)} images (the smallest class has {smallest}) "
-            f"with {asked}: {error}"
+            f"can't split {len(split)} images of {len(counts)} classes, {min(counts.values())} to "
+            f"{max(counts.values())} of each, with {asked}: each class needs two images, each part "
+            "one of each class, and both together no more than there are"
         ) from None
     return split.take(first), split.take(second)
 

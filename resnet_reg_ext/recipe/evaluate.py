@@ -17,19 +17,21 @@ from torchmetrics.functional.classification import (
 
 from ..sparsity import Sparsity
 from . import plots
-from .data import load_split
+from .data import default_split, load_split
 from .files import prepare_folder, write_text
 from .model import load_classifier, regularised
 from .train import be_quiet, predict
 
 
-def evaluate(checkpoint: Path, data: str | None, split: str, corrupt: str, out: Path) -> list[Path]:
+def evaluate(
+    checkpoint: Path, data: str | None, split: str | None, corrupt: str, out: Path
+) -> list[Path]:
     """Measures a checkpoint on a split; prints tables; returns the files written.
 
     Args:
         checkpoint: ``last.ckpt`` or ``best.ckpt`` of a run.
         data: images as of ``train``; None takes those that the run names.
-        split: "train", "val" or "test".
+        split: "train", "val" or "test"; None is "test" where the data has it, else "val".
         corrupt: "refuse" or "skip" unreadable images.
         out: the output folder.
 
@@ -42,6 +44,7 @@ def evaluate(checkpoint: Path, data: str | None, split: str, corrupt: str, out: 
     run = replace(classifier.run, corrupt=corrupt)
     if data is not None and data != run.data:
         run = replace(run, data=data, val_fraction=None, train_size=None, test_size=None)
+    split = split or default_split(run)
     images = load_split(run, split, classes)
     prepare_folder(out, 10_000_000)
 

@@ -36,14 +36,24 @@ def training_curves(results: Results, path: Path, subtitle: str) -> Path:
     """Accuracy and loss over the epochs, the mean over seeds with their range shaded."""
     figure = _figure(10, 4.4)
     for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
+        drawn: list[float] = []
         for (name, runs), colour in zip(results.items(), COLOURS, strict=False):
             length = min(len(r.history) for r in runs)
             epochs = [row["epoch"] for row in runs[0].history[:length]]
-            for split, style in (("train", "--"), ("test", "o-")):
+            for split, style, face in (("train", "o--", "white"), ("test", "o-", colour)):
                 points = [[r.history[i][f"{split}_{metric}"] for r in runs] for i in range(length)]
                 label = name if split == "test" else None
                 line = [mean(p) for p in points]
-                axes.plot(epochs, line, style, color=colour, label=label, markersize=4)
+                axes.plot(
+                    epochs,
+                    line,
+                    style,
+                    color=colour,
+                    markerfacecolor=face,
+                    label=label,
+                    markersize=4,
+                )
+                drawn += line
                 if len(runs) > 1 and split == "test":
                     low, high = [min(p) for p in points], [max(p) for p in points]
                     axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -53,8 +63,10 @@ def training_curves(results: Results, path: Path, subtitle: str) -> Path:
         if metric == "accuracy":
             axes.set(ylabel="accuracy", ylim=(0, 1.03))
         else:
+            axes.set_ylabel("cross-entropy")
             # Before batch norm's running statistics have settled, losses can be huge.
-            axes.set(ylabel="cross-entropy (log scale)", yscale="log")
+            if max(drawn) >= 10 * min(drawn) > 0:
+                axes.set(ylabel="cross-entropy (log scale)", yscale="log")
             axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     title = "Training images (dashed) and test images (solid) after each evaluated epoch"
     if any(len(runs) > 1 for runs in results.values()):
@@ -81,7 +93,10 @@ def gap_bars(results: Results, path: Path, subtitle: str) -> Path:
     axes.set(ylabel="accuracy", ylim=(0, 1.2), xlim=(-0.6, len(results) - 0.4))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path, "Training and test accuracy, and the gap between them", subtitle)
+    title = "Training and test accuracy, and the gap between them"
+    if any(len(runs) > 1 for runs in results.values()):
+        title += "; whiskers: one standard deviation over the seeds"
+    return _save(figure, path, title, subtitle)
 
 
 def sparsity_by_layer(zeros: Mapping[str, Mapping[str, float]], path: Path, subtitle: str) -> Path:
@@ -107,6 +122,10 @@ def sparsity_by_layer(zeros: Mapping[str, Mapping[str, float]], path: Path, subt
     if len(zeros) > 1:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _save(figure, path, "Exact zeros in each regularised layer, input to output", subtitle)
+
+
+def _short(name: str, most: int = 15) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def confusion(
@@ -135,7 +154,7 @@ def confusion(
                         colour = "white" if shares[i][j] > 0.5 else "black"
                         axes.text(j, i, n, ha="center", va="center", color=colour, fontsize=7)
         ticks = range(0, count, step)
-        names = [classes[i] for i in ticks]
+        names = [_short(classes[i]) for i in ticks]
         long = any(len(n) > 3 for n in names)
         axes.set_xticks(ticks, names, rotation=90 if long else 0, fontsize=8)
         axes.set_yticks(ticks, names, fontsize=8)
@@ -181,13 +200,16 @@ def path(results: Results, l1s: Sequence[float], path: Path, subtitle: str) -> P
     places = range(len(l1s))
     runs = list(results.values())
     for axes, metric, label, colour, style in (
-        (left, "train_accuracy", "training accuracy", COLOURS[0], "o--"),
-        (left, "test_accuracy", "test accuracy", COLOURS[1], "o-"),
-        (left, "gap", "gap", COLOURS[2], "s-"),
-        (right, "zeros", "exact zeros", COLOURS[3], "o-"),
+        # Not the colours that mean none, L2 and L1 in the other plots.
+        (left, "train_accuracy", "training accuracy", COLOURS[4], "o--"),
+        (left, "test_accuracy", "test accuracy", COLOURS[6], "o-"),
+        (left, "gap", "gap", COLOURS[7], "s-"),
+        (right, "zeros", "exact zeros", COLOURS[6], "o-"),
     ):
-        points = [[r.last[metric] for r in group] for group in runs]
-        errors = [stdev(p) if len(p) > 1 else 0.0 for p in points]
+        unit = 100 if metric == "zeros" else 1
+        points = [[unit * r.last[metric] for r in group] for group in runs]
+        seeds = min(map(len, points))
+        errors = [stdev(p) for p in points] if seeds > 1 else None
         axes.errorbar(
             places,
             [mean(p) for p in points],
@@ -200,10 +222,13 @@ def path(results: Results, l1s: Sequence[float], path: Path, subtitle: str) -> P
         )
     for axes in (left, right):
         axes.set_xticks(places, [f"{v:g}" for v in l1s])
-        axes.set_xlabel("l1")
+        axes.set_xlabel("l1 (values evenly spaced)")
         axes.grid(alpha=0.3)
     left.set_ylabel("accuracy, gap")
     left.axhline(0, color="0.6", linewidth=1)
     left.legend()
-    right.set(ylabel="share of exact zeros in the regularised weights", ylim=(-0.03, 1.03))
-    return _save(figure, path, "Regularisation path", subtitle)
+    right.set(ylabel="exact zeros in the regularised weights, %", ylim=(-3, 103))
+    title = "Regularisation path"
+    if any(len(group) > 1 for group in runs):
+        title += "; whiskers: one standard deviation over the seeds"
+    return _save(figure, path, title, subtitle)

@@ -14,6 +14,7 @@ import yaml
 from .files import RecipeError, write_text
 
 DIGITS = "digits"
+FOLDER_IMAGE_SIZE = 224  # what ImageNet's weights were trained on
 STAGES = ("none", "conv1", "layer1", "layer2", "layer3", "layer4")
 AUGMENTATIONS = ("none", "shift", "standard")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
@@ -91,9 +92,13 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Run, *, l1: bool 
     def add(group: Any, name: str, text: str, **options: Any) -> None:
         default = getattr(defaults, name)
         shown = "" if default is None else f" (default: {default})"
+        if name in of_folder:
+            shown = f" (default: {default} for the digits, {of_folder[name]} for a folder)"
+            default = None
         option = f"--{name.replace('_', '-')}"
         group.add_argument(option, default=default, help=text + shown, **options)
 
+    of_folder = _folder_defaults(defaults)
     count, seed = in_range(int, 1), in_range(int, 0, 2**32 - 1)
     share, rate = in_range(float, 0, 1), in_range(float, 0)
     add(
@@ -112,7 +117,12 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Run, *, l1: bool 
     add(data, "test_size", "test on as many images, drawn class by class", type=count)
     add(data, "label_noise", "share of training labels to make wrong on purpose", type=share)
     add(data, "corrupt", "what to do about unreadable images", choices=("refuse", "skip"))
-    add(data, "image_size", "height and width in pixels", type=in_range(int, 8))
+    add(
+        data,
+        "image_size",
+        "height and width in pixels: the shorter side is resized to it, the middle cut out",
+        type=in_range(int, 8),
+    )
     add(
         data,
         "augment",
@@ -160,10 +170,19 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Run, *, l1: bool 
     add(machine, "workers", "processes that load images", type=in_range(int, 0))
 
 
-def run_from(args: argparse.Namespace, **changes: Any) -> Run:
-    """The run that parsed options describe."""
-    names = {f.name for f in fields(Run)} & set(vars(args))
-    return Run(**{**{name: getattr(args, name) for name in names}, **changes})
+def _folder_defaults(defaults: Run) -> dict[str, Any]:
+    """What isn't the same for a folder of images as for the digits, where it isn't given."""
+    changed = {"image_size": FOLDER_IMAGE_SIZE, "label_noise": 0.0}
+    return {name: value for name, value in changed.items() if getattr(defaults, name) != value}
+
+
+def run_from(args: argparse.Namespace, defaults: Run, **changes: Any) -> Run:
+    """The run that parsed options describe; ``defaults`` as for :func:`add_run_options`."""
+    values = {f.name: getattr(args, f.name) for f in fields(Run) if hasattr(args, f.name)}
+    for name, of_folder in _folder_defaults(defaults).items():
+        if values[name] is None:
+            values[name] = getattr(defaults, name) if values["data"] == DIGITS else of_folder
+    return Run(**{**values, **changes})
 
 
 def config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import warnings
@@ -165,6 +166,8 @@ def train(
         confusion_matrix(classifier, images.test, run, trainer.strategy.root_device),
         made_with(),
     )
+    if is_first_process() and math.isnan(result.last["train_loss"]):
+        print("  the loss is not a number any more: training has diverged; try a lower --lr")
     # In this order: what has no result yet can still be resumed.
     if is_first_process():
         result.save(out)
@@ -218,17 +221,30 @@ def describe(run: Run, images: Images) -> list[str]:
             f", {images.train.wrong} of them with a label made wrong on purpose (training accuracy "
             "is measured on the labels as trained on)"
         )
+    steps, over = divmod(len(images.train), run.batch_size)
+    left = f"; {over} of them, others each time, are left over in each epoch" if over else ""
     lines = [
-        f"images: {name}, {len(images.classes)} classes, {run.image_size} px, seed {run.seed}",
-        f"trained on: {len(images.train)} images{wrong}",
+        f"images: {name}, {len(images.classes)} classes ({_some(images.classes)}), "
+        f"{run.image_size} px, seed {run.seed}",
+        f"trained on: {len(images.train)} images{wrong}{left}",
         f"tested on: {len(images.test)} images, no label changed",
         f"training: l1 {run.l1:g}, weight decay {run.weight_decay:g}, lr {run.lr:g}, momentum "
-        f"{run.momentum:g}, {run.epochs} epochs of {len(images.train) // run.batch_size} steps, "
+        f"{run.momentum:g}, {_count(run.epochs, 'epoch')} of {_count(steps, 'step')}, "
         f"batch {run.batch_size}",
     ]
     if run.steered_to is not None:
         lines.append(f"l1 is steered until {run.steered_to:.1%} of the weights are zero")
     return [*lines, *images.notes]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    """Names in a row, not too many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def made_with() -> dict[str, Any]:
