@@ -94,7 +94,7 @@ format: .venv/.ready
 	$(BIN)/clang-format -i $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 clean:
-	rm -rf .venv .venv-older build dist *.egg-info out
+	rm -rf .venv .venv-older build dist *.egg-info out resnet_reg_ext/_C*.so
 
 .venv/.torch:
 	$(PYTHON) -m venv .venv

@@ -90,8 +90,8 @@ class ProxSGD(Optimizer):
         master_weights: keep a float32 copy of bfloat16 and float16 parameters, on which the update
             is made; the parameter is what it rounds to. A parameter that is changed in another way,
             or by a step without this option, goes back to its copy's value at the next step with
-            it. Without it a bfloat16 weight stays
-            where it is if a step is less than 1/512 of it (default: False).
+            it. Without it a bfloat16 weight stays where it is if a step is less than 1/512 of the
+            weight (default: False).
         momentum_dtype: the dtype of the momentum buffers: None is the parameter's, or float32 with
             master weights; ``torch.bfloat16`` with float32 parameters saves 4 of the 20 bytes an
             element that a step moves (default: None).
@@ -380,7 +380,7 @@ class ProxSGD(Optimizer):
         if created and self._groups_traced:
             self._forget_traced()
         if counted:
-            self._counted = [c.with_stands() for c in counted]
+            self._counted = [c.with_stamps() for c in counted]
 
     def _step_on(
         self,
@@ -594,10 +594,10 @@ def _restore_dtypes(
             state[key] = saved[key].to(param.device, dtype, copy=True)
 
 
-_Stand = tuple[int, int] | None
+_Stamp = tuple[int, int] | None
 
 
-def _stand(param: Tensor) -> _Stand:
+def _stamp(param: Tensor) -> _Stamp:
     """What changes where a parameter does; None for one that doesn't tell."""
     return None if param.is_inference() else (param._version, param.data_ptr())
 
@@ -608,10 +608,10 @@ class _Counted(NamedTuple):
     params: list[Tensor]
     zeros: Tensor
     found_inf: Tensor | None
-    stands: tuple[_Stand, ...] = ()
+    stamps: tuple[_Stamp, ...] = ()
 
-    def with_stands(self) -> _Counted:
-        return self._replace(stands=tuple(map(_stand, self.params)))
+    def with_stamps(self) -> _Counted:
+        return self._replace(stamps=tuple(map(_stamp, self.params)))
 
     def unchanged(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters that are as the step left them, with their zeros."""
@@ -619,8 +619,8 @@ class _Counted(NamedTuple):
             return []  # the kernel skipped the step, counting included
         return [
             (p, zeros)
-            for p, zeros, stand in zip(self.params, self.zeros, self.stands, strict=True)
-            if stand is not None and stand == _stand(p)
+            for p, zeros, stamp in zip(self.params, self.zeros, self.stamps, strict=True)
+            if stamp is not None and stamp == _stamp(p)
         ]
 
 
