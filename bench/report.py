@@ -1,7 +1,8 @@
 """JSON of a run to Markdown, plots and the README's table.
 
-``python -m bench.report --readme README.md --json bench/results/cpu.json`` puts the table between
-the README's markers; with ``--check`` it only says whether it is there.
+``python -m bench.report --readme README.md --json bench/results/cpu.json`` puts the tables between
+the README's markers; with ``--check`` it only says whether they are there. Runs in the folder
+``others`` beside the JSON stand beside it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,26 @@ def machine_line(results: dict[str, Any]) -> str:
     )
 
 
+def _digits(bar: dict[str, Any]) -> int:
+    return 3 if bar["q50"] < 0.2 else 2
+
+
+def side_by_side(runs: Sequence[dict[str, Any]]) -> str:
+    """Medians of several runs, a column each."""
+    rows = []
+    for bars in zip(*(run["bars"] for run in runs), strict=True):
+        medians = [
+            UNMEASURED if bar.get("missing") else f"{bar['q50']:.{_digits(bar)}f}" for bar in bars
+        ]
+        rows.append((bars[0]["what"], f"≤ {bars[0]['bar']:.2f}", *medians))
+    heads = [
+        f"{run['date']}, {run['machine']['cpu_ids'].split(',')[0]}, "
+        f"{run['tables'][0]['limit']['gb_per_s']['q50']:.0f} GB/s"
+        for run in runs
+    ]
+    return _grid(("what", "bar", *heads), rows)
+
+
 def bars_table(results: dict[str, Any]) -> str:
     """What must be shown: ratio, bar, measured."""
     rows = []
@@ -62,8 +83,7 @@ def bars_table(results: dict[str, Any]) -> str:
         elif bar["unit"] == "MiB":
             measured, met = f"{bar['q50']:.2f} MiB", "yes" if bar["met"] else "**no**"
         else:
-            digits = 3 if bar["q50"] < 0.2 else 2
-            measured, met = _spread(bar, digits), "yes" if bar["met"] else "**no**"
+            measured, met = _spread(bar, _digits(bar)), "yes" if bar["met"] else "**no**"
         unit = " MiB" if bar["unit"] == "MiB" else ""
         rows.append((bar["what"], f"≤ {bar['bar']:.2f}{unit}", measured, met))
     return _grid(("what", "bar", "measured: median (20 % to 80 %)", "met"), rows)
@@ -120,12 +140,15 @@ def _title(table: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def readme_block(results: dict[str, Any]) -> str:
-    """The README's part: the bars, the main table, what ran it and the command."""
+def readme_block(results: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
+    """The README's part: the bars, here and in other runs, the main table, what ran it and how."""
     main = results["tables"][0]
     return "\n\n".join(
         (
             bars_table(results),
+            f"Medians of other runs; GB/s are what `addcmul_` moved meanwhile, in the run above "
+            f"{main['limit']['gb_per_s']['q50']:.0f}:",
+            side_by_side(others),
             f"One step: {_title(main)}. Median (20 % to 80 %).",
             step_table(main),
             f"{machine_line(results)} Ratios are formed within rounds in which all rows run in "
@@ -274,14 +297,14 @@ def _cold_start(cold: dict[str, Any]) -> list[str]:
 # ---- the README ---------------------------------------------------------------------------------
 
 
-def update_readme(path: Path, results: dict[str, Any]) -> bool:
+def update_readme(path: Path, block: str) -> bool:
     """Puts the table between the README's markers; returns whether that changed anything.
 
     Raises:
         ValueError: the markers aren't there.
     """
     text = path.read_text(encoding="utf-8")
-    new = with_block(text, readme_block(results))
+    new = with_block(text, block)
     if new != text:
         path.write_text(new, encoding="utf-8")
     return new != text
@@ -440,15 +463,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     options = parser.parse_args(arguments)
     results = json.loads(options.json.read_text(encoding="utf-8"))
+    others = sorted((options.json.parent / "others").glob("*.json"))
+    block = readme_block(results, [json.loads(p.read_text(encoding="utf-8")) for p in others])
     if options.check:
         if not options.readme:
             parser.error("--check needs --readme")
         text = options.readme.read_text(encoding="utf-8")
-        current = with_block(text, readme_block(results)) == text
+        current = with_block(text, block) == text
         print(f"{options.readme} and {options.json} {'agree' if current else 'differ'}")
         return 0 if current else 1
     if options.readme:
-        changed = update_readme(options.readme, results)
+        changed = update_readme(options.readme, block)
         print(f"{options.readme}: {'updated' if changed else 'is up to date'}")
     for path in write(options.json):
         print(f"written: {path}")

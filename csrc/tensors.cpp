@@ -492,17 +492,18 @@ std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, 
     forget_error();
     return std::nullopt;
   };
-  // A copy: other threads may change the list wherever torch or a hash lets them run.
-  const OwnedObject snapshot = copy_of(params);
-  if (!snapshot) return nothing();
-  params = snapshot.get();
+  // A copy, as other threads may change the list wherever torch or a hash lets them run. Those
+  // without a gradient are taken out of it on the way.
+  Gathered gathered{copy_of(params), OwnedObject(), OwnedObject(), OwnedObject(), Reading{}};
+  if (!gathered.params) return nothing();
+  params = gathered.params.get();
   const Py_ssize_t count = PyList_GET_SIZE(params);
-  Gathered gathered{new_list(count), new_list(count),
-                    with_momenta ? new_list(count) : OwnedObject(),
-                    with_masters ? new_list(count) : OwnedObject(), Reading{}};
+  gathered.grads = new_list(count);
+  if (with_momenta) gathered.momenta = new_list(count);
+  if (with_masters) gathered.masters = new_list(count);
   OwnedObject* const lists[] = {&gathered.params, &gathered.grads, &gathered.momenta,
                                 &gathered.masters};
-  if (!gathered.params || !gathered.grads || (with_momenta && !gathered.momenta) ||
+  if (!gathered.grads || (with_momenta && !gathered.momenta) ||
       (with_masters && !gathered.masters)) {
     return nothing();
   }
@@ -553,9 +554,11 @@ std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, 
         return nothing();
       }
       block.add(param, grad.get(), momentum, master);
-      OwnedObject owned[] = {share(param), std::move(grad), share(momentum), share(master)};
-      for (int t = 0; t < Block::kTensors; ++t) {
-        if (*lists[t]) PyList_SET_ITEM(lists[t]->get(), taken + added, owned[t].release());
+      const Py_ssize_t place = taken + added;
+      if (place != i) PyList_SetItem(params, place, share(param).release());
+      OwnedObject owned[] = {OwnedObject(), std::move(grad), share(momentum), share(master)};
+      for (int t = 1; t < Block::kTensors; ++t) {
+        if (*lists[t]) PyList_SET_ITEM(lists[t]->get(), place, owned[t].release());
       }
       ++added;
     }
@@ -565,7 +568,7 @@ std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, 
   }
   for (OwnedObject* list : lists) {
     if (*list && PyList_SetSlice(list->get(), taken, count, nullptr) != 0) return nothing();
-    if (*list) PyObject_GC_Track(list->get());
+    if (*list && list != &gathered.params) PyObject_GC_Track(list->get());
   }
   for (const Bucket& bucket : gathered.reading.buckets) {
     const dlpack::Device& counters = near.tensor.device;

@@ -136,7 +136,7 @@ def gather(
             as there are gradients.
         position: where in the state to look first: 0, then what came back.
     """
-    if _C is None or not isinstance(params, list) or not isinstance(state, dict):
+    if _C is None or not isinstance(params, list):
         return None
     taken: tuple[Any, ...] | None = _reader.gather(
         params, state, with_momenta, with_masters, _address(zeros), position

@@ -409,13 +409,13 @@ def prepare_prox_sgd(
     index into words for an error. None is returned if ``values`` tell that the step is to be
     skipped; on a CUDA device, the kernel itself may skip it.
     """
-    native = may_be_native(fused)
+    reading = bucket.fitting
+    native = reading is not None or may_be_native(fused)
     if fused and not native:
         raise RuntimeError(
             f"{name(0)}: fused=True, but {_native.missing}; fused=None takes pure PyTorch instead"
         )
     misfits: list[_native.Misfit] = []
-    reading = bucket.fitting
     if native and reading is None:
         reading = bucket.read()
         misfits = _native.misfits(reading)
@@ -560,17 +560,18 @@ def check_operands(
     if not grad.is_floating_point():
         raise ValueError(f"{name()}: the gradient's dtype is {grad.dtype}: must be floating-point")
     _check_alike(param, grad, "the gradient", name)
-    for key, value in (("momentum_buffer", momentum), ("master_weight", master)):
-        if value is not None:
-            check_state(param, value, key, name)
-    for what, tensor in (
+    for key, value in (
         ("the parameter", param),
         ("momentum_buffer", momentum),
         ("master_weight", master),
     ):
-        if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        if value is None:
+            continue
+        if value is not param:
+            check_state(param, value, key, name)
+        if value.is_inference() and not torch.is_inference_mode_enabled():
             raise ValueError(
-                f"{name()}: {what} was made in inference mode: torch changes it in that mode only"
+                f"{name()}: {key} was made in inference mode: torch changes it in that mode only"
             )
 
 

@@ -69,8 +69,8 @@ class ProxSGD(Optimizer):
 
     Args:
         params: tensors, dicts of parameter groups, or ``model.named_parameters()``. Every option
-            below is an option of a group too. No two may share memory: they are stepped at the same
-            time. See :func:`resnet_reg_ext.param_groups`.
+            below is an option of a group too. No two parameters may share memory, as all are
+            stepped at the same time. See :func:`resnet_reg_ext.param_groups`.
         lr: learning rate, >= 0 (default: 1e-3). A one-element tensor is read at each step.
         momentum: in [0, 1) (default: 0.9).
         dampening: in [0, 1] (default: 0).
@@ -548,7 +548,7 @@ def _check_params(group: dict[str, Any], index: int) -> None:
         if first != i:
             raise ValueError(
                 f"{_name(group, index, i)}: is the same parameter as "
-                f"{_name(group, index, first).removeprefix('ProxSGD: ')}: list it once"
+                f"{_place(group, index, first)}: list it once"
             )
 
 
@@ -770,9 +770,15 @@ def _name_at(group: dict[str, Any], group_index: int, positions: list[int], inde
 
 
 def _name(group: dict[str, Any], group_index: int, index: int) -> str:
+    """What an error about a parameter begins with."""
+    return f"ProxSGD: {_place(group, group_index, index)}"
+
+
+def _place(group: dict[str, Any], group_index: int, index: int) -> str:
+    """Where a parameter is, and its name if it has one."""
     names = group.get("param_names")
     name = f" ({names[index]})" if names and index < len(names) else ""
-    return f"ProxSGD: param_groups[{group_index}]['params'][{index}]{name}"
+    return f"param_groups[{group_index}]['params'][{index}]{name}"
 
 
 def _with_names_apart(group: dict[str, Any]) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def test_a_gradient_scaler(options):
     assert_equal_bits(scaled, plain)
 
 
-def test_a_captured_graph_follows_lr_and_scale():
+def test_a_captured_graph_follows_lr():
     w = torch.nn.Parameter(torch.zeros(1000, device=DEVICE))
     w.grad = torch.ones_like(w)
     lr = torch.tensor(1.0, device=DEVICE)

@@ -160,7 +160,7 @@ def test_images_without_class_folders_are_not_called_nothing(tmp_path):
     (image,) = make_images(tmp_path / "made", ["cat"], count=1).glob("cat/*.png")
     (tmp_path / "loose").mkdir()
     image.rename(tmp_path / "loose" / "0.png")
-    assert "has 1 images but no folders" in refused(run_for(tmp_path / "loose", val_fraction=0.5))
+    assert "has images but no folders" in refused(run_for(tmp_path / "loose", val_fraction=0.5))
 
 
 def test_hidden_files_are_no_images_and_hidden_folders_no_classes(tmp_path):

@@ -12,8 +12,7 @@ void prox_sgd(const std::vector<Operands>&, Kind, const Options&, const DeviceVa
 
 std::string why_unusable(int) {
   return "resnet_reg_ext was built without CUDA (" PROX_SGD_CUDA_LEFT_OUT
-         "): reinstall it with "
-         "RESNET_REG_EXT_CUDA=1";
+         "): reinstall it with RESNET_REG_EXT_CUDA=1";
 }
 
 int toolkit_version() { return 0; }

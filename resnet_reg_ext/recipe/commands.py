@@ -12,7 +12,14 @@ from . import compare, evaluate
 from .callbacks import Stopped
 from .data import SPLITS
 from .files import RecipeError
-from .settings import Run, add_run_options, config_arguments, in_range, run_from
+from .settings import (
+    OPTIONS_FILES,
+    Run,
+    add_run_options,
+    config_arguments,
+    in_range,
+    run_from,
+)
 from .train import Result, is_first_process, train
 
 # Chosen so that the unregularised ResNet-50 overfits visibly within minutes: docs/recipe.md.
@@ -78,7 +85,7 @@ def _add_out(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _settle(
-    parser: argparse.ArgumentParser, arguments: list[str], options_file: str
+    parser: argparse.ArgumentParser, arguments: list[str], command: str
 ) -> argparse.Namespace:
     """Options as given, or those of the folder to resume."""
     args = _parse(parser, arguments)
@@ -87,15 +94,12 @@ def _settle(
     folder = args.resume
     if len(arguments) > (1 if arguments[0].startswith("--resume=") else 2):
         raise RecipeError("--resume DIR takes all settings from DIR: give no other option")
-    if not (folder / options_file).is_file():
-        commands = {"run.yaml": "train", "compare.yaml": "compare", "path.yaml": "path"}
-        for name, command in commands.items():
+    if not (folder / OPTIONS_FILES[command]).is_file():
+        for other, name in OPTIONS_FILES.items():
             if (folder / name).is_file():
-                raise RecipeError(
-                    f"{folder} is `{command}`'s: resnet-reg {command} --resume {folder}"
-                )
-        raise RecipeError(f"nothing to resume in {folder}: it has no {options_file}")
-    args = _parse(parser, ["--config", str(folder / options_file)])
+                raise RecipeError(f"{folder} is `{other}`'s: resnet-reg {other} --resume {folder}")
+        raise RecipeError(f"nothing to resume in {folder}: it has no {OPTIONS_FILES[command]}")
+    args = _parse(parser, ["--config", str(folder / OPTIONS_FILES[command])])
     args.resume, args.out = folder, folder
     return args
 
@@ -104,7 +108,7 @@ def _train(arguments: list[str]) -> None:
     parser = _parser("train")
     add_run_options(parser, Run())
     _add_out(parser, "out/train")
-    args = _settle(parser, arguments, "run.yaml")
+    args = _settle(parser, arguments, "train")
     run = run_from(args, Run())
     if run.target_sparsity != run.steered_to:
         raise RecipeError("--target-sparsity needs an --l1 above 0 to start from")
@@ -117,7 +121,14 @@ def _train(arguments: list[str]) -> None:
     result = train(run, args.out, resume=args.resume is not None and has_begun)
     if is_first_process():
         print(f"\n{compare.table({'run': [result]})}")
-        names = ("run.yaml", "result.json", "best.ckpt", "last.ckpt", "csv", "tensorboard")
+        names = (
+            OPTIONS_FILES["train"],
+            "result.json",
+            "best.ckpt",
+            "last.ckpt",
+            "csv",
+            "tensorboard",
+        )
         _list_files([args.out / name for name in names])
 
 
@@ -128,7 +139,7 @@ def _compare(arguments: list[str]) -> None:
         "--seeds", type=in_range(int, 1), default=1, help="how many, from --seed on (default: 1)"
     )
     _add_out(parser, "out/compare")
-    args = _settle(parser, arguments, "compare.yaml")
+    args = _settle(parser, arguments, "compare")
     run = run_from(args, COMPARED)
     _list_files(compare.compare(run, args.seeds, args.out, args.resume is not None))
 
@@ -150,7 +161,7 @@ def _path(arguments: list[str]) -> None:
         "--cold", action="store_true", help="start each alike, not from the one before"
     )
     _add_out(parser, "out/path")
-    args = _settle(parser, arguments, "path.yaml")
+    args = _settle(parser, arguments, "path")
     if args.l1 != sorted(set(args.l1)):
         raise RecipeError(f"--l1 must increase, got {' '.join(f'{v:g}' for v in args.l1)}")
     _list_files(

@@ -14,7 +14,7 @@ from scipy.stats import t as student
 from . import plots
 from .callbacks import Stopped
 from .files import RecipeError, prepare_folder, write_text
-from .settings import Run, save_options
+from .settings import OPTIONS_FILES, Run, save_options
 from .train import FULL_CHECKPOINT, WEIGHTS, Result, check, is_first_process, made_with, train
 
 COLUMNS = {
@@ -68,7 +68,9 @@ def compare(run: Run, seeds: int, out: Path, resume: bool = False) -> list[Path]
         for seed in range(run.seed, run.seed + seeds)
         for name, variant in variants.items()
     ]
-    results = _train_all(plan, out, "compare.yaml", {**asdict(run), "seeds": seeds}, resume)
+    results = _train_all(
+        plan, out, OPTIONS_FILES["compare"], {**asdict(run), "seeds": seeds}, resume
+    )
     if not is_first_process():
         return []
     text = report(results, verdicts(results))
@@ -114,7 +116,7 @@ def path(
             start = None if cold else folder / "last.ckpt"
     options = {k: v for k, v in asdict(run).items() if k != "l1"}
     options |= {"l1": list(l1s), "seeds": seeds, "cold": cold}
-    results = _train_all(plan, out, "path.yaml", options, resume)
+    results = _train_all(plan, out, OPTIONS_FILES["path"], options, resume)
     if not is_first_process():
         return []
     how = "each trained alone" if cold else "each started from the weights of the one before"

@@ -66,8 +66,8 @@ def load_images(run: Run) -> Images:
     images = _digits(run) if run.data == DIGITS else _folder(run)
     train, test = images.train, images.test
     if run.data != DIGITS:  # the digits are split to size at once
-        train = _subset(train, run.train_size, run.seed, "--train-size")
-        test = _subset(test, run.test_size, run.seed, "--test-size")
+        train = _subset(train, run.train_size, run.seed, "train_size")
+        test = _subset(test, run.test_size, run.seed, "test_size")
     if len(train) < run.batch_size:
         raise RecipeError(
             f"--batch-size {run.batch_size} is more than the {len(train)} training images"
@@ -78,8 +78,10 @@ def load_images(run: Run) -> Images:
 
 def default_split(run: Run) -> str:
     """The split to evaluate on: test, unless there is a folder for val alone."""
-    held_out = [name for name in ("test", "val") if (Path(run.data) / name).is_dir()]
-    return "val" if held_out == ["val"] and run.val_fraction is None else "test"
+    if run.data == DIGITS or run.val_fraction is not None:
+        return "test"
+    has_test, has_val = ((Path(run.data) / name).is_dir() for name in ("test", "val"))
+    return "val" if has_val and not has_test else "test"
 
 
 def load_split(run: Run, split: str, classes: Sequence[str]) -> Split:
@@ -145,11 +147,12 @@ def _folder(run: Run) -> Images:
         raise RecipeError(f"--data {root} is not a folder (nor {DIGITS!r})")
     if not (root / "train").is_dir():
         classes = _class_names(root)
-        for name in filter(lambda name: name.lower() in _LIKE_SPLITS, classes):
-            raise RecipeError(
-                f"--data {root} has a folder {name}, which looks like a split and not like a "
-                "class: splits must be called train, val and test"
-            )
+        for name in classes:
+            if name.lower() in _LIKE_SPLITS:
+                raise RecipeError(
+                    f"--data {root} has a folder {name}, which looks like a split and not like a "
+                    "class: splits must be called train, val and test"
+                )
         for name in classes:
             inside = [path for path in _folders(root / name) if any(_images_in(path))]
             if inside and not any(map(_is_image, (root / name).iterdir())):
@@ -206,8 +209,8 @@ def _images_in(folder: Path) -> Iterator[Path]:
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = tuple(path.name for path in _folders(folder))
     if not names:
-        found = sum(map(_is_image, folder.iterdir()))
-        what = f"has {found} images but no folders" if found else "is empty"
+        loose = any(map(_is_image, folder.iterdir()))
+        what = "has images but no folders" if loose else "is empty"
         raise RecipeError(f"{folder} {what}: it needs a folder of images for each class")
     if len(names) == 1:
         raise RecipeError(f"{folder} has one class only ({names[0]}); at least two are needed")
@@ -262,12 +265,15 @@ def _fault(path: Path) -> str:
     return ""
 
 
-def _subset(split: Split, size: int | None, seed: int, option: str) -> Split:
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _subset(split: Split, size: int | None, seed: int, part: str) -> Split:
     if size is None or size == len(split):
         return split
     if size > len(split):
-        raise RecipeError(f"{option} {size} is more than the {len(split)} images there are")
-    part = option.removeprefix("--").replace("-", "_")
+        raise RecipeError(f"{_option(part)} {size} is more than the {len(split)} images there are")
     first, second = _split(split, seed, **{part: size})
     return first if part == "train_size" else second
 
@@ -281,9 +287,7 @@ def _split(split: Split, seed: int, **sizes: Any) -> tuple[Split, Split]:
         )
     except ValueError:
         asked = " and ".join(
-            f"--val-fraction {value:g}"
-            if isinstance(value, float)
-            else f"--{name.replace('_', '-')} {value}"
+            f"{_option('val_fraction' if isinstance(value, float) else name)} {value}"
             for name, value in sizes.items()
         )
         raise RecipeError(

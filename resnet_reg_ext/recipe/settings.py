@@ -15,6 +15,8 @@ from .files import RecipeError, write_text
 
 DIGITS = "digits"
 FOLDER_IMAGE_SIZE = 224  # what ImageNet's weights were trained on
+# What a command's settings are in, in its output folder; `--resume` takes them from there.
+OPTIONS_FILES = {"train": "run.yaml", "compare": "compare.yaml", "path": "path.yaml"}
 STAGES = ("none", "conv1", "layer1", "layer2", "layer3", "layer4")
 AUGMENTATIONS = ("none", "shift", "standard")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")

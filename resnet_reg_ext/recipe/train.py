@@ -26,7 +26,7 @@ from .callbacks import Checkpoints, History, Progress, StopOnSignal, WholeFiles
 from .data import ImageData, Images, Split, evaluation_loader, load_images
 from .files import RecipeError, prepare_folder, write_text
 from .model import Classifier, load_checkpoint, load_weights, regularised
-from .settings import DIGITS, Run, save_options
+from .settings import DIGITS, OPTIONS_FILES, Run, save_options
 
 # Momentum doubles a full checkpoint; the next one is written beside it before the rename.
 FULL_CHECKPOINT, WEIGHTS = 190_000_000, 95_000_000
@@ -120,7 +120,7 @@ def train(
         weights = load_weights(classifier, run.weights)
     prepare_folder(out, 2 * FULL_CHECKPOINT + (2 * WEIGHTS if keep_best else 0))
     if is_first_process():
-        save_options(asdict(run), out / "run.yaml")
+        save_options(asdict(run), out / OPTIONS_FILES["train"])
         for line in (*describe(run, images), weights):
             print(f"  {line}", flush=True)
 
@@ -166,8 +166,8 @@ def train(
         confusion_matrix(classifier, images.test, run, trainer.strategy.root_device),
         made_with(),
     )
-    if is_first_process() and math.isnan(result.last["train_loss"]):
-        print("  the loss is not a number any more: training has diverged; try a lower --lr")
+    if is_first_process() and not math.isfinite(result.last["train_loss"]):
+        print("  the loss is not finite any more: training has diverged; try a lower --lr")
     # In this order: what has no result yet can still be resumed.
     if is_first_process():
         result.save(out)
