@@ -78,7 +78,7 @@ def test_one_weight(trajectory, l2_mode, fused):
     assert w.item() == pytest.approx(0.9 / 1.1, abs=1e-10)
 
 
-def test_one_weight_in_the_issues_words():
+def test_one_weight_worked_by_hand():
     w, _ = minimise(lambda w: w - 1, torch.zeros(1), 800, lr=0.01, l1=0.1, weight_decay=0.1)
     assert round(w.item(), 3) == 0.818
 
