@@ -236,7 +236,7 @@ def test_logistic_regression_in_float32_through_autograd():
         optimizer.step()
     w = model.weight.detach()[0]
     slope = torch.tensor(logistic_gradient(x, labels, w.double().numpy()))
-    assert_optimal(w, slope, l1, weight_decay, 1e-5)  # the bound; float32 keeps 1e-7
+    assert_optimal(w, slope, l1, weight_decay, 1e-5)  # 1e-7 is reached in float32
     assert np.array_equal(w.numpy() == 0, expected == 0)
 
 
