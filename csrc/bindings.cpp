@@ -81,8 +81,9 @@ void run(const TensorReader& reader, const Reading& reading, double lr, double m
       const py::gil_scoped_release release;
       cuda::prox_sgd(bucket.operands, bucket.kind, o, values, bucket.device_id, stream);
     } else {
+      const cpu::Simd level = simd_level;  // which another thread may set
       const py::gil_scoped_release release;
-      cpu::prox_sgd(bucket.operands, bucket.kind, o, simd_level, threads);
+      cpu::prox_sgd(bucket.operands, bucket.kind, o, level, threads);
     }
   }
 }

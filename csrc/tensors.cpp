@@ -555,8 +555,9 @@ std::optional<Gathered> TensorReader::gather(PyObject* params, PyObject* state, 
       }
       block.add(param, grad.get(), momentum, master);
       const Py_ssize_t place = taken + added;
-      if (place != i) PyList_SetItem(params, place, share(param).release());
+      // Shared before anything is given up, which may run code that changes the state.
       OwnedObject owned[] = {OwnedObject(), std::move(grad), share(momentum), share(master)};
+      if (place != i) PyList_SetItem(params, place, share(param).release());
       for (int t = 1; t < Block::kTensors; ++t) {
         if (*lists[t]) PyList_SET_ITEM(lists[t]->get(), place, owned[t].release());
       }

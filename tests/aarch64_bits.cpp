@@ -1,6 +1,6 @@
 // Prints a hash of what the CPU kernel makes of pseudo-random tensors of every kind under 128
 // option sets, and of the zeros that it counts. Built for two architectures, it must print the same
-// twice: see `make test-aarch64`.
+// twice: see `make test-aarch64`. Fails if threads treat subnormals in another way than their caller.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -8,6 +8,10 @@
 #include <vector>
 
 #include "../csrc/prox_sgd.h"
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
 
 using namespace prox_sgd;
 
@@ -57,9 +61,48 @@ constexpr Stored kKinds[] = {
     {Kind::float16_master, DType::float16, DType::float32, true},
 };
 
+// As torch.set_flush_denormal does, for this thread.
+void flush_subnormals(bool flush) {
+#if defined(__SSE2__)
+  _mm_setcsr(flush ? _mm_getcsr() | 0x8040u : _mm_getcsr() & ~0x8040u);
+#else
+  uint64_t control = 0;
+  asm volatile("mrs %0, fpcr" : "=r"(control));
+  const uint64_t flush_to_zero = uint64_t{1} << 24;
+  control = flush ? control | flush_to_zero : control & ~flush_to_zero;
+  asm volatile("msr fpcr, %0" : : "r"(control));
+#endif
+}
+
+std::vector<float> step_on_subnormals(int threads) {
+  std::vector<float> p(400000, 3e-39f);
+  const std::vector<float> g(p.size(), 2e-39f);
+  const Options plain{0.5, 0.0, 0.0, 0.0, 0.0, false, false, false, false, 1.0f, 1.0f, false};
+  const auto numel = static_cast<int64_t>(p.size());
+  cpu::prox_sgd({{p.data(), g.data(), nullptr, nullptr, numel, nullptr}}, Kind::float32, plain,
+                cpu::Simd::baseline, threads);
+  return p;
+}
+
+bool threads_flush_as_their_caller() {
+  bool alike = true;
+  for (const bool flush : {false, true}) {
+    flush_subnormals(flush);
+    const std::vector<float> alone = step_on_subnormals(1);
+    const std::vector<float> together = step_on_subnormals(4);
+    flush_subnormals(false);
+    alike = alike && alone == together && (alone[0] == 0.0f) == flush;
+  }
+  return alike;
+}
+
 }  // namespace
 
 int main() {
+  if (!threads_flush_as_their_caller()) {
+    std::puts("threads treat subnormals in another way than their caller");
+    return 1;
+  }
   std::mt19937_64 random(5);
   uint64_t hash = 1469598103934665603u;  // FNV-1a
   const auto take = [&](uint64_t bits) { hash = (hash ^ bits) * 1099511628211u; };

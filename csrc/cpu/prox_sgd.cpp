@@ -65,6 +65,12 @@ class FloatingPointMode {
 
  private:
   unsigned control_ = _mm_getcsr();
+#elif defined(__aarch64__)
+  FloatingPointMode() { asm volatile("mrs %0, fpcr" : "=r"(control_)); }
+  void apply() const { asm volatile("msr fpcr, %0" : : "r"(control_)); }
+
+ private:
+  uint64_t control_ = 0;
 #else
   void apply() const {}
 #endif
