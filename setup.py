@@ -28,6 +28,7 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -190,7 +191,8 @@ class Cuda:
             code = code[:1]
         # nvcc wants a compiler, and not what may stand before one, as in "ccache g++".
         words = shlex.split(self.cxx)
-        while len(words) > 1 and Path(words[0]).name in ("ccache", "sccache", "distcc", "env"):
+        before = ("ccache", "sccache", "distcc", "env")
+        while len(words) > 1 and (Path(words[0]).name in before or "=" in words[0]):
             words = words[1:]
         host = [f"-ccbin={words[0]}", *(f"-Xcompiler={word}" for word in words[1:])]
         host += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -211,9 +213,13 @@ def find_cxx() -> str:
     """The C++ compiler, or an end with one clear sentence."""
     chosen = os.environ.get("CXX")
     if chosen:
-        if shutil.which(shlex.split(chosen)[0]) is None:
+        program, *arguments = shlex.split(chosen)
+        found = shutil.which(program)
+        if found is None:
             raise SystemExit(f"resnet_reg_ext: CXX={chosen}: there is no such program")
-        return chosen
+        if os.sep in program:  # ninja runs in another folder
+            program = os.path.abspath(found)
+        return shlex.join([program, *arguments])
     for name in ("g++", "c++", "clang++"):
         if shutil.which(name):
             return name
@@ -221,6 +227,16 @@ def find_cxx() -> str:
         "resnet_reg_ext: no C++ compiler was found. Install one (g++ or clang++), or set "
         "RESNET_REG_EXT_NATIVE=0 to install the slower pure-PyTorch package."
     )
+
+
+class FreshBuild(build_py):  # type: ignore[misc]
+    """Copies the package into an empty folder: an older version's may hold modules that are gone."""
+
+    def run(self) -> None:
+        """Empties the folder, and copies."""
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "resnet_reg_ext"), ignore_errors=True)
+        super().run()
 
 
 class NinjaBuild(build_ext):  # type: ignore[misc]
@@ -284,10 +300,14 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         if left_out:
             print(f"resnet_reg_ext: building without CUDA: {left_out}", file=sys.stderr)
 
+        # Tried with code, as some compilers only warn of flags for another processor.
         avx2 = ["-mavx2", "-mfma", "-mf16c"]
-        has_avx2 = self._accepted(cxx, avx2)
+        uses_avx2 = "#include <immintrin.h>\nint main() { return _mm256_movemask_epi8(_mm256_setzero_si256()); }"
+        has_avx2 = self._accepted(cxx, avx2, uses_avx2)
         uses_openmp = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }"
         openmp = ["-fopenmp"] if self._accepted(cxx, ["-fopenmp"], uses_openmp) else []
+        if not openmp:
+            print(f"resnet_reg_ext: {cxx} has no OpenMP: steps take one thread", file=sys.stderr)
         sanitizers = os.environ.get("RESNET_REG_EXT_SANITIZE", "")
         instrument = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1"]
         common = CXX_FLAGS + (instrument if sanitizers else [])
@@ -339,11 +359,12 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
         if cuda is None:
             sources["cuda_absent"] = ("cuda/absent.cpp", common)
 
+        compiler = cxx.replace("$", "$$")
         with (folder / "build.ninja").open("w") as stream:
             ninja = ninja_syntax.Writer(stream)
             ninja.rule(
                 "cxx",
-                f"{cxx} -MMD -MF $out.d $flags -c $in -o $out",
+                f"{compiler} -MMD -MF $out.d $flags -c $in -o $out",
                 description="C++  $in",
                 depfile="$out.d",
                 deps="gcc",
@@ -354,7 +375,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
                 ninja.build(
                     f"{name}.o",
                     "cxx",
-                    str(CSRC / source),
+                    in_ninja(CSRC / source),
                     variables={"flags": " ".join(map(quote, flags))},
                 )
             link = ["-shared", *openmp, *(instrument[:1] if sanitizers else [])]
@@ -371,7 +392,7 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
                     ninja.build(
                         f"cuda_{name}.o",
                         "cuda",
-                        str(CSRC / "cuda" / f"{name}.cu"),
+                        in_ninja(CSRC / "cuda" / f"{name}.cu"),
                         variables={"flags": " ".join(map(quote, cuda.flags(has_kernels)))},
                     )
                 link += [str(cuda.runtime), "-ldl", "-lrt", "-lpthread"]
@@ -379,13 +400,18 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
                 link += ["-Wl,--exclude-libs,ALL"]
             if not sanitizers:
                 link += ["-Wl,-s"]
-            ninja.rule("link", f"{cxx} $in -o $out $flags", description="LINK $out")
+            ninja.rule("link", f"{compiler} $in -o $out $flags", description="LINK $out")
             ninja.build(
-                str(output),
+                in_ninja(output),
                 "link",
                 objects,
                 variables={"flags": " ".join(map(quote, link))},
             )
+
+
+def in_ninja(path: Path) -> str:
+    """A path for build.ninja, where blanks and colons are taken care of."""
+    return str(path).replace("$", "$$")
 
 
 def quote(word: str) -> str:
@@ -396,8 +422,8 @@ def quote(word: str) -> str:
 if native_wanted():
     setup(
         ext_modules=[Extension("resnet_reg_ext._C", sources=[])],
-        cmdclass={"build_ext": NinjaBuild},
+        cmdclass={"build_ext": NinjaBuild, "build_py": FreshBuild},
         setup_requires=build_requirements(),
     )
 else:
-    setup()
+    setup(cmdclass={"build_py": FreshBuild})

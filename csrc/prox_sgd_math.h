@@ -19,6 +19,10 @@
 #define PROX_SGD_HD inline __attribute__((always_inline))
 #endif
 
+#if defined(__FAST_MATH__)
+#error "the update pins each rounding: build it without -ffast-math and -Ofast"
+#endif
+
 namespace prox_sgd {
 
 // ---- storage types -----------------------------------------------------------------------------
@@ -325,12 +329,17 @@ struct Varying {
 };
 
 // Sets what depends on them: float64 in the order of the formulas, then one rounding to C.
+//
+// On a GPU nobody has seen them before. A schedule that ends at 0 may end a rounding below it, where
+// a step would take every weight off zero: below 0 counts as 0.
 template <typename C>
 PROX_SGD_HD void set(Coefficients<C>& c, const Varying& v) {
-  c.minus_lr = static_cast<C>(-v.lr);
-  c.threshold = c.frozen_zeros ? C(0) : static_cast<C>(mul_(v.lr, mul_(v.l1, v.gain)));
+  const double lr = v.lr < 0.0 ? 0.0 : v.lr;
+  const double l1 = v.l1 < 0.0 ? 0.0 : v.l1;
+  c.minus_lr = static_cast<C>(-lr);
+  c.threshold = c.frozen_zeros ? C(0) : static_cast<C>(mul_(lr, mul_(l1, v.gain)));
   c.shrink_mask = c.threshold != C(0) ? 0xffffffffu : 0;
-  c.scale = static_cast<C>(div_(1.0, add_(1.0, mul_(v.lr, mul_(v.proximal_decay, v.gain)))));
+  c.scale = static_cast<C>(div_(1.0, add_(1.0, mul_(lr, mul_(v.proximal_decay, v.gain)))));
   c.grad_factor =
       mul_(div_(C(1), static_cast<C>(v.grad_scale)), static_cast<C>(v.grad_coefficient));
 }

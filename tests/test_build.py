@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -183,6 +184,43 @@ def test_without_a_compiler_the_install_names_the_way_out(clean_copy: Path, tmp_
     assert "no C++ compiler was found" in result.stderr
     assert "RESNET_REG_EXT_NATIVE=0" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_compiler_of_ones_own_in_a_folder_that_a_shell_would_expand(
+    clean_copy: Path, tmp_path: Path
+) -> None:
+    """And what an older version has left in the build folder stays out of the package."""
+    folder = tmp_path / "for 5 $HOME"
+    shutil.copytree(clean_copy, folder, ignore=shutil.ignore_patterns("build", "*.so"))
+    wrapper = folder / "compiler"
+    wrapper.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    wrapper.chmod(0o755)
+    name = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    gone = folder / "build" / name / "resnet_reg_ext" / "gone.py"
+    gone.parent.mkdir(parents=True)
+    gone.write_text("")
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **WITHOUT_CUDA, "CXX": "./compiler"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    built = [path.name for path in gone.parent.iterdir()]
+    assert sum(name.startswith("_C.") for name in built) == 1
+    assert "prox_sgd.py" in built
+    assert "gone.py" not in built
+
+
+def test_flags_that_would_change_the_rounding_are_refused() -> None:
+    header = ROOT / "csrc" / "prox_sgd_math.h"
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-x", "c++", str(header)]
+    assert run(command).returncode == 0
+    result = run([*command, "-ffast-math"])
+    assert result.returncode != 0
+    assert "the update pins each rounding" in result.stderr
 
 
 def test_pure_pytorch_can_be_asked_for(clean_copy: Path, tmp_path: Path) -> None:
