@@ -21,7 +21,10 @@ from . import _distributed, _native
 
 L2_MODES = ("coupled", "proximal")
 
+__all__ = ["elastic_net_prox", "prox_sgd_", "soft_threshold"]
+
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+_ROUNDING = 1e-6  # of what a schedule begins with: how far below 0 rounding may take its end
 
 
 def soft_threshold(x: Tensor, threshold: float) -> Tensor:
@@ -42,7 +45,7 @@ def soft_threshold(x: Tensor, threshold: float) -> Tensor:
         ``|x| > t`` and 0 elsewhere, the kink included.
 
     Raises:
-        ValueError: the threshold is negative, infinite or NaN.
+        ValueError: the threshold is negative, NaN, or infinite in float32.
     """
     t = _finite_and_not_negative(threshold, "threshold")
     return torch.where(x.abs() <= t, torch.zeros_like(x), x - x.clamp(-t, t))
@@ -67,7 +70,7 @@ def elastic_net_prox(x: Tensor, l1: float, weight_decay: float, step: float = 1.
         A new tensor of x's shape and dtype, differentiable in x as :func:`soft_threshold` is.
 
     Raises:
-        ValueError: a coefficient is negative, infinite or NaN.
+        ValueError: a coefficient is negative, NaN, or infinite in float32.
     """
     s = _finite_and_not_negative(step, "step")
     t = s * _finite_and_not_negative(l1, "l1")
@@ -160,24 +163,39 @@ def _number(
         return value
     name = f"{where}{key}"
     if on_device is not None and _is_on_gpu(value):
-        on_device[key] = _scalar(value, name)
+        on_device[key] = scalar(value, name)
         return 0.0
-    return _finite_and_not_negative(value, name)
+    number = number_in(value, name)
+    if number < 0 and number >= -_ROUNDING * float(group.get(f"initial_{key}", 0.0)):
+        return 0.0  # a schedule that ends at 0 may end next to it
+    return _not_negative(number, value, name)
 
 
 def _finite_and_not_negative(value: Any, name: str) -> float:
+    return _not_negative(number_in(value, name), value, name)
+
+
+def number_in(value: Any, name: str) -> float:
+    """A number, or a tensor's only one.
+
+    Raises:
+        ValueError: it is neither; says what ``name`` is.
+    """
     if isinstance(value, Tensor):
-        value = _scalar(value, name)
+        value = scalar(value, name)
     try:
         if isinstance(value, str):  # which float() would read
             raise TypeError
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {value!r}: must be a number") from None
+
+
+def _not_negative(number: float, value: Any, name: str) -> float:
     if not 0 <= number < math.inf:
         raise ValueError(f"{name} is {value}: must be finite and not negative")
     if number > _FLOAT32_MAX:
-        raise ValueError(f"{name} is {value}: must be within float32, which is computed in")
+        raise ValueError(f"{name} is {value}: must be within float32's range")
     return number
 
 
@@ -191,9 +209,16 @@ def _is_on_gpu(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_cuda
 
 
-def _scalar(value: Tensor, name: str) -> Tensor:
+def scalar(value: Tensor, name: str) -> Tensor:
+    """A tensor that must hold one real number, as it is.
+
+    Raises:
+        ValueError: it doesn't; says what ``name`` is.
+    """
     if value.numel() != 1:
         raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}: must be a number")
+    if value.is_meta or value.is_complex():
+        raise ValueError(f"{name} is {value!r}: must be a number")
     return value
 
 
@@ -251,6 +276,7 @@ def prox_sgd_(
             the others; True raises where they can't; False takes pure PyTorch.
 
     Raises:
+        TypeError: something other than a tensor is in a list. Nothing has changed then.
         ValueError: an option, a shape, a device or a dtype is wrong. Nothing has changed then.
         RuntimeError: ``fused=True`` and a tensor can't go the native way. Nothing has changed then.
     """
@@ -269,6 +295,7 @@ def prox_sgd_(
     h = hyperparameters(options)
     if h.momentum != 0 and momentum_buffers is None:
         raise ValueError(f"momentum is {momentum}: momentum_buffers must be given")
+    params, grads = list(params), list(grads)
     buffers = list(momentum_buffers) if momentum_buffers is not None and h.momentum != 0 else None
     masters = None if master_weights is None else list(master_weights)
     for name, tensors in (
@@ -279,9 +306,12 @@ def prox_sgd_(
     ):
         if tensors is not None and len(tensors) != len(params):
             raise ValueError(f"{len(params)} params, but {len(tensors)} {name}")
-        if name != "grads" and any(map(Tensor.is_neg, tensors or ())):
-            raise ValueError(f"{name} holds a lazily negated view: call resolve_neg() on it")
-    bucket = Bucket(list(params), list(grads), buffers, masters, first_step)
+        for i, tensor in enumerate(tensors or ()):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}[{i}] is a {type(tensor).__name__}: must be a tensor")
+            if name != "grads" and tensor.is_neg():
+                raise ValueError(f"{name}[{i}]: is a lazily negated view: call resolve_neg() on it")
+    bucket = Bucket(params, grads, buffers, masters, first_step)
     run = prepare_prox_sgd(bucket, h, fused, "params[{}]".format)
     assert run is not None  # there is no found_inf
     run()
@@ -698,9 +728,10 @@ def _update_each_(bucket: Bucket, h: Hyperparameters) -> None:
     for dtype, members in kinds.items():
         params, grads, momenta, masters, first, *_ = bucket.pick(members)
         weights = params if masters is None else masters
-        p = [t.to(dtype) for t in weights]
-        m = [t.to(dtype) for t in momenta or ()]
-        g = [t.to(dtype) for t in grads]
+        p, m, g = (
+            [t if t.dtype is dtype else t.to(dtype) for t in tensors]
+            for tensors in (weights, momenta or (), grads)
+        )
         _update_in_(_FOREACH, p, g, m, _coefficients(h, dtype), first, None)
         targets = [(weights, p), (momenta or (), m)] + ([(params, p)] if masters else [])
         for stored, values in targets:

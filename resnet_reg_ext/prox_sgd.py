@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import numbers
 import operator
 import weakref
 from collections.abc import Callable, Iterable
@@ -25,9 +24,11 @@ from .functional import (
     hyperparameters,
     is_capturing,
     may_be_native,
+    number_in,
     prepare_prox_sgd,
+    scalar,
 )
-from .sparsity import Sparsity, sparsity
+from .sparsity import Sparsity, has_l1, sparsity
 
 if TYPE_CHECKING:
     from ._compiled import Row
@@ -288,15 +289,23 @@ class ProxSGD(Optimizer):
 
         The weights that L1 has left are trained on without its bias: their magnitudes are no longer
         reduced by it, and the zeros stay. (Known as debiasing or refitting on the support.) Applies
-        to the groups whose ``l1`` is not 0; it sets their option ``frozen_zeros``, which a
-        checkpoint holds, and leaves ``l1`` as it is.
+        to the groups whose ``l1`` is above 0, or was before a schedule took it to 0; it sets their
+        option ``frozen_zeros``, which a checkpoint holds, and leaves ``l1`` as it is.
 
         Args:
-            freeze: False ends it.
+            freeze: False ends it, in all groups.
+
+        Raises:
+            ValueError: there is no such group.
         """
-        for group in self.param_groups:
-            if not freeze or float(group["l1"]) != 0:
-                group["frozen_zeros"] = freeze
+        groups = [group for group in self.param_groups if not freeze or has_l1(group)]
+        if not groups:
+            raise ValueError(
+                "ProxSGD: freeze_zeros: no parameter group has an l1 above 0; set frozen_zeros in "
+                "the groups that are meant"
+            )
+        for group in groups:
+            group["frozen_zeros"] = freeze
 
     def sparsity(self) -> Sparsity:
         """Exact zeros, parameter by parameter, as :func:`resnet_reg_ext.sparsity` counts them.
@@ -358,7 +367,7 @@ class ProxSGD(Optimizer):
     def _step(self, scaling: DeviceValues | None) -> None:
         """The step of all groups."""
         runs: list[Callable[[], None]] = []
-        created: list[tuple[Tensor, str, Tensor]] = []
+        created: _New = []
         counted: list[_Counted] = []
         states = _StatesInOrder(self.state)
         for index, group in enumerate(self.param_groups):
@@ -376,7 +385,10 @@ class ProxSGD(Optimizer):
         for run in runs:
             run()
         for param, key, value in created:
-            self.state[param][key] = value
+            if value is None:
+                del self.state[param][key]
+            else:
+                self.state.setdefault(param, {})[key] = value
         if created and self._groups_traced:
             self._forget_traced()
         if counted:
@@ -472,19 +484,11 @@ class ProxSGD(Optimizer):
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if grad_coefficient is not None and not isinstance(grad_coefficient, Tensor):
-            if not isinstance(grad_coefficient, numbers.Real):
-                raise ValueError(
-                    f"ProxSGD: grad_coefficient is {grad_coefficient!r}: must be a number"
-                )
+            number = number_in(grad_coefficient, "ProxSGD: grad_coefficient")
             # Rounded to float32 later, whatever the default dtype and device are.
-            grad_coefficient = torch.tensor(
-                float(grad_coefficient), dtype=torch.float64, device="cpu"
-            )
-        if grad_coefficient is not None and grad_coefficient.numel() != 1:
-            raise ValueError(
-                f"ProxSGD: grad_coefficient is a tensor of shape {tuple(grad_coefficient.shape)}: "
-                "must be a number"
-            )
+            grad_coefficient = torch.tensor(number, dtype=torch.float64, device="cpu")
+        if grad_coefficient is not None:
+            scalar(grad_coefficient, "ProxSGD: grad_coefficient")
         return _given(grad_scale, grad_coefficient, found_inf)
 
     def _zeros_known(self) -> dict[Tensor, Tensor]:
@@ -586,20 +590,41 @@ def _restore_dtypes(
     torch has cast it to the parameter's dtype; where another one is wanted, it is taken from what
     was ``saved``.
     """
-    if not group["master_weights"]:
-        state.pop("master_weight", None)
+    if "master_weight" in state and not (
+        group["master_weights"] and saved["master_weight"].dtype is torch.float32
+    ):
+        # Of another dtype it has been through another optimizer, which has trained the parameter
+        # and let this be: the next step makes a new one from the parameter.
+        del state["master_weight"]
     wanted = {"momentum_buffer": momentum_dtype_of(group, param), "master_weight": torch.float32}
     for key, dtype in wanted.items():
         if state.get(key) is not None and state[key].dtype is not dtype:
             state[key] = saved[key].to(param.device, dtype, copy=True)
 
 
-_Stamp = tuple[int, int] | None
+class _Stamp(NamedTuple):
+    """What changes where a parameter does."""
 
+    version: int
+    address: int
+    storage: torch.UntypedStorage
+    """Held, as the address of one that is gone may be another's."""
 
-def _stamp(param: Tensor) -> _Stamp:
-    """What changes where a parameter does; None for one that doesn't tell."""
-    return None if param.is_inference() else (param._version, param.data_ptr())
+    @classmethod
+    def of(cls, param: Tensor) -> _Stamp | None:
+        """The stamp of a parameter; None for one that doesn't tell."""
+        if param.is_inference():
+            return None
+        return cls(param._version, param.data_ptr(), param.untyped_storage())
+
+    def is_of(self, param: Tensor) -> bool:
+        """Whether the parameter is as it was."""
+        now = _Stamp.of(param)
+        return (
+            now is not None
+            and now.storage is self.storage
+            and (now.version, now.address) == (self.version, self.address)
+        )
 
 
 class _Counted(NamedTuple):
@@ -608,10 +633,10 @@ class _Counted(NamedTuple):
     params: list[Tensor]
     zeros: Tensor
     found_inf: Tensor | None
-    stamps: tuple[_Stamp, ...] = ()
+    stamps: tuple[_Stamp | None, ...] = ()
 
     def with_stamps(self) -> _Counted:
-        return self._replace(stamps=tuple(map(_stamp, self.params)))
+        return self._replace(stamps=tuple(map(_Stamp.of, self.params)))
 
     def unchanged(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters that are as the step left them, with their zeros."""
@@ -620,7 +645,7 @@ class _Counted(NamedTuple):
         return [
             (p, zeros)
             for p, zeros, stamp in zip(self.params, self.zeros, self.stamps, strict=True)
-            if stamp is not None and stamp == _stamp(p)
+            if stamp is not None and stamp.is_of(p)
         ]
 
 
@@ -674,7 +699,7 @@ class _StatesInOrder:
 _NO_STATE: dict[str, Any] = {}
 
 
-_New = list[tuple[Tensor, str, Tensor]]
+_New = list[tuple[Tensor, str, Tensor | None]]
 
 
 def _buckets(
@@ -682,7 +707,8 @@ def _buckets(
 ) -> list[tuple[Bucket, _New]]:
     """The parameters of a group that have a gradient, those at their first step apart.
 
-    With each bucket, the state that was created for it: (parameter, key, value).
+    With each bucket, the state that was created for it, or is out of date: (parameter, key, value
+    or None).
     """
     gathered = states.gather(group, with_momentum)
     if gathered is not None:
@@ -719,6 +745,9 @@ def _buckets(
             if masters[i] is None:
                 masters[i] = new_master(param)
                 new.append((param, "master_weight", masters[i]))
+        elif "master_weight" in in_order[i]:
+            # Of when the parameter had 16 bits; this step leaves it behind.
+            new.append((param, "master_weight", None))
         kinds.setdefault((first, master), []).append(i)
     buckets = []
     for (first, master), members in kinds.items():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .sparsity import sparsity
+from .sparsity import has_l1, sparsity
 
 
 class _L1Steering(LRScheduler):
@@ -37,6 +37,13 @@ class _L1Steering(LRScheduler):
         self._groups = [i for i, g in enumerate(optimizer.param_groups) if self._is_steered(g)]
         if not self._groups:
             raise ValueError(f"{name}: no parameter group has an l1 above 0")
+        for i in self._groups:
+            l1 = optimizer.param_groups[i]["l1"]
+            if isinstance(l1, torch.Tensor) and not l1.is_floating_point():
+                raise TypeError(
+                    f"{name}: param_groups[{i}]: l1 is a tensor of {l1.dtype}: must be of a "
+                    "floating-point dtype, to be moved"
+                )
 
     def _is_steered(self, group: dict[str, Any]) -> bool:
         return bool(group.get("l1", 0.0) > 0)
@@ -58,6 +65,13 @@ class _L1Steering(LRScheduler):
     def get_last_lr(self) -> list[Any]:
         """The same as :meth:`get_last_l1`, for trainers that log what a scheduler has set."""
         return self.get_last_l1()
+
+    def _initial_step(self) -> None:
+        # What SequentialLR calls, after it has set lr back.
+        raise TypeError(
+            f"{type(self).__name__} can't be chained by torch's schedulers, which would move lr. "
+            "Chain what moves l1 inside: L1Scheduler(optimizer, lambda o: SequentialLR(o, ...))"
+        )
 
     def _check_groups(self, state: dict[str, Any]) -> None:
         if state["groups"] != self._groups:
@@ -82,7 +96,8 @@ class L1Scheduler(_L1Steering):
             for each group (``LambdaLR``'s functions), it is for the scheduled groups.
 
     Raises:
-        TypeError: ``optimizer`` isn't one that applies an l1.
+        TypeError: ``optimizer`` isn't one that applies an l1, or ``schedule`` made no scheduler of
+            the optimizer that it was given.
         ValueError: no group has an l1 above 0.
 
     Example:
@@ -110,13 +125,23 @@ class L1Scheduler(_L1Steering):
                 groups[-1]["initial_lr"] = group["initial_l1"]
         self._stand_in = torch.optim.SGD(groups, lr=0.0)
         self._schedule = schedule(self._stand_in, **options)
+        steered = getattr(self._schedule, "optimizer", self._stand_in)
+        if steered is not self._stand_in or not hasattr(self._schedule, "step"):
+            raise TypeError(
+                f"L1Scheduler: schedule made a {type(self._schedule).__name__}: must make a "
+                "scheduler of the optimizer that it is given"
+            )
         for group, stand_in in zip(self._steered(), self._stand_in.param_groups, strict=True):
             group["initial_l1"] = stand_in.get("initial_lr", stand_in["lr"])
-        self._set_l1([float(group["lr"]) for group in self._stand_in.param_groups])
+        self._follow()
 
     def _is_steered(self, group: dict[str, Any]) -> bool:
-        # A schedule that has ended at 0 has left its groups an initial l1.
-        return super()._is_steered(group) or group.get("initial_l1", 0.0) > 0
+        return has_l1(group)
+
+    def _follow(self) -> None:
+        """Sets l1 to what the schedule has made of the stand-in's lr."""
+        # Rounding takes some schedules that end at 0 below it.
+        self._set_l1([max(0.0, float(group["lr"])) for group in self._stand_in.param_groups])
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Goes to the next l1; after ``optimizer.step()``.
@@ -131,7 +156,7 @@ class L1Scheduler(_L1Steering):
         self._stand_in.step()  # a scheduler warns where its optimizer has not stepped
         self._schedule.step(*args, **kwargs)
         self.last_epoch += 1
-        self._set_l1([float(group["lr"]) for group in self._stand_in.param_groups])
+        self._follow()
 
     def state_dict(self) -> dict[str, Any]:
         """The scheduler's state."""
@@ -167,7 +192,8 @@ class TargetSparsity(_L1Steering):
     over the first 80 % of the steps from ``begin`` to ``steps``. The factor's logarithm moves by
     the error in the share's log-odds, looked ahead along its slope. Time is counted in parts of
     ``steps - begin``, so that the same gains serve a run of a few hundred steps and one of a
-    million.
+    million. Weights that can't move, as they require no gradient or their lr is 0, are not counted,
+    and where none can, l1 stays.
 
     Once the share is within half a point of the target, in the second half of that time or later,
     the groups' zeros are frozen, once, as by :meth:`resnet_reg_ext.ProxSGD.freeze_zeros`: the
@@ -213,16 +239,15 @@ class TargetSparsity(_L1Steering):
         every: int | None = None,
         freeze: bool = True,
     ) -> None:
-        if not 0 < target < 1:
-            raise ValueError(f"TargetSparsity: target is {target}: must be above 0 and below 1")
+        if isinstance(target, str) or not 0 < target < 1:
+            raise ValueError(f"TargetSparsity: target is {target!r}: must be above 0 and below 1")
+        steps, begin = _whole(steps, "steps"), _whole(begin, "begin")
+        every = None if every is None else _whole(every, "every")
         if not 0 <= begin < steps:
             raise ValueError(
                 f"TargetSparsity: begin is {begin} and steps is {steps}: "
                 "begin must be at least 0, and steps above it"
             )
-        for name, value in (("steps", steps), ("begin", begin), ("every", every)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"TargetSparsity: {name} is {value!r}: must be a whole number")
         every = max(1, (steps - begin) // 1000) if every is None else every
         if not 1 <= every <= steps - begin:
             raise ValueError(
@@ -239,6 +264,7 @@ class TargetSparsity(_L1Steering):
         self._reached = False
         self._start_share = 0.0
         self._share: float | None = None
+        self._size = 0
         self._slope = 0.0
         self._log_factor = 0.0
 
@@ -276,7 +302,14 @@ class TargetSparsity(_L1Steering):
 
     def _warn_if_missed(self) -> None:
         share = self._share
-        if share is None or abs(share - self.target) <= _MISSED:
+        if share is None:
+            warnings.warn(
+                f"TargetSparsity: in {self.steps} steps no weight of its groups could move, as lr "
+                "is 0 or none requires a gradient: l1 has been left as it was",
+                stacklevel=3,
+            )
+            return
+        if abs(share - self.target) <= _MISSED:
             return
         l1 = ", ".join(f"{value:.3g}" for value in self.get_last_l1())
         warnings.warn(
@@ -288,14 +321,18 @@ class TargetSparsity(_L1Steering):
 
     def _steer(self, passed_steps: int) -> None:
         """Counts, and sets l1 or freezes the zeros."""
-        share = self._count()
+        zeros, size = self._count()
+        if size == 0:  # or the error would take l1 ever further while nothing answers
+            return
+        share = zeros / size
         if self._share is None:
-            self._share = self._start_share = share
+            self._start_share = share
         length = self.steps - self.begin
         passed = self.every / length
-        rise = (self._log_odds(share) - self._log_odds(self._share)) / passed
-        self._slope += min(1.0, passed / _SMOOTHING) * (rise - self._slope)
-        self._share = share
+        if self._share is not None and size == self._size:  # others than last time tell no slope
+            rise = (self._log_odds(share) - self._log_odds(self._share)) / passed
+            self._slope += min(1.0, passed / _SMOOTHING) * (rise - self._slope)
+        self._share, self._size = share, size
         near = passed_steps >= length / 2 and abs(share - self.target) <= _NEAR
         if self.freeze and near and not self._reached:
             self._reached = True
@@ -305,21 +342,23 @@ class TargetSparsity(_L1Steering):
 
         ahead = self._log_odds(self.asked(self.last_epoch + _LOOK_AHEAD * length))
         ahead -= self._log_odds(share) + _LOOK_AHEAD * self._slope
-        self._log_factor += _GAIN * passed * min(max(ahead, -_MOST_DOWN), _MOST_UP)
+        move = _GAIN * passed * min(max(ahead, -_MOST_DOWN), _MOST_UP)
+        self._log_factor += min(max(move, -_FASTEST), _FASTEST)
         self._log_factor = min(max(self._log_factor, -_FARTHEST), _FARTHEST)
         factor = math.exp(self._log_factor)
         self._set_l1([factor * l1 for l1 in self._start_l1])
 
-    def _count(self) -> float:
-        """The share of exact zeros in the steered groups."""
+    def _count(self) -> tuple[int, int]:
+        """Exact zeros, and all weights, of those in the steered groups that can move."""
         layers = iter(sparsity(self.optimizer).layers)
         zeros = size = 0
         for index, group in enumerate(self.optimizer.param_groups):
-            for layer in itertools.islice(layers, len(group["params"])):
-                if index in self._groups:
+            moves = index in self._groups and float(group["lr"]) > 0
+            for param, layer in zip(group["params"], layers, strict=False):
+                if moves and param.requires_grad:
                     zeros += layer.zeros
                     size += layer.size
-        return zeros / size if size else 0.0
+        return zeros, size
 
     def _log_odds(self, share: float) -> float:
         """Finite at both ends: beyond 1 % and 99.5 %, or half-way to the target, it is flat."""
@@ -343,12 +382,22 @@ class TargetSparsity(_L1Steering):
             setattr(self, key, value)
 
 
+def _whole(value: Any, name: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"TargetSparsity: {name} is {value!r}: must be a whole number") from None
+
+
 _STATE = (
     "last_epoch",
     "_start_l1",
     "_reached",
     "_start_share",
     "_share",
+    "_size",
     "_slope",
     "_log_factor",
 )
@@ -362,6 +411,7 @@ _SMOOTHING = 0.02
 _GAIN = 50.0
 _MOST_UP = 1.0
 _MOST_DOWN = 0.5
+_FASTEST = math.log(4)  # at one count, where steps are few
 _FARTHEST = math.log(1e8)
 _NEAR = 0.005
 _MISSED = 0.02

@@ -24,6 +24,8 @@ class LayerSparsity:
     size: int
     l1: float | None = None
     """The L1 coefficient of its group, where it was counted through an optimizer."""
+    regularised: bool | None = None
+    """Whether that is above 0, or was before a schedule took it there; None where not known."""
 
     @property
     def fraction(self) -> float:
@@ -54,8 +56,16 @@ class Sparsity:
 
     @property
     def regularised(self) -> Sparsity:
-        """Only the layers whose group has an L1 coefficient above 0."""
-        return Sparsity(tuple(layer for layer in self.layers if layer.l1))
+        """Only the layers whose group has an L1 coefficient above 0, or had before a schedule.
+
+        Raises:
+            ValueError: the zeros were counted through a model, which doesn't tell.
+        """
+        if any(layer.regularised is None for layer in self.layers):
+            raise ValueError(
+                "sparsity: only an optimizer tells what is regularised: count through it"
+            )
+        return Sparsity(tuple(layer for layer in self.layers if layer.regularised))
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers for a log: totals, and zeros, size and fraction of each layer by name."""
@@ -103,14 +113,14 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
         known: dict[Tensor, Tensor] = {} if tracked is None else tracked()
         counts = [
             known[p] if p in known else count_zeros(_distributed.countable(p.detach()))
-            for _, p, _ in named
+            for _, p, *_ in named
         ]
-        counts = _distributed.summed(counts, [p for _, p, _ in named])
+        counts = _distributed.summed(counts, [p for _, p, *_ in named])
         zeros = _to_host(counts)
     return Sparsity(
         tuple(
-            LayerSparsity(name, n, p.numel(), l1)
-            for (name, p, l1), n in zip(named, zeros, strict=True)
+            LayerSparsity(name, n, p.numel(), *of_group)
+            for (name, p, *of_group), n in zip(named, zeros, strict=True)
         )
     )
 
@@ -129,20 +139,28 @@ def _to_host(counts: list[Tensor]) -> list[int]:
     return numbers
 
 
-def _parameters(source: nn.Module | Optimizer) -> Iterator[tuple[str, Tensor, float | None]]:
+def has_l1(group: dict[str, Any]) -> bool:
+    """Whether a group has an L1 coefficient above 0, or had one before a schedule took it there."""
+    return float(group.get("l1", 0.0)) > 0 or group.get("initial_l1", 0.0) > 0
+
+
+def _parameters(
+    source: nn.Module | Optimizer,
+) -> Iterator[tuple[str, Tensor, float | None, bool | None]]:
+    """Names and parameters with their group's l1, and whether it has one; None where not known."""
     if isinstance(source, nn.Module):
         for name, parameter in source.named_parameters():
-            yield name, parameter, None
+            yield name, parameter, None, None
     elif isinstance(source, Optimizer):
         # Groups of two models may use one name twice.
         known = Counter(n for group in source.param_groups for n in group.get("param_names", ()))
         for g, group in enumerate(source.param_groups):
-            names = group.get("param_names")
-            l1 = float(group.get("l1", 0.0))
+            names = group.get("param_names", ())
+            of_group = float(group.get("l1", 0.0)), has_l1(group)
             for i, parameter in enumerate(group["params"]):
                 name = f"param_groups[{g}]['params'][{i}]"
-                if names:
+                if i < len(names):  # not if one was appended to the group's parameters alone
                     name = names[i] if known[names[i]] == 1 else f"param_groups[{g}]: {names[i]}"
-                yield name, parameter, l1
+                yield name, parameter, *of_group
     else:
         raise TypeError(f"sparsity: {type(source).__name__} is neither a module nor an optimizer")

@@ -146,14 +146,25 @@ def test_to_sgd_and_back():
         assert (group["lr"], group["l1"]) == (saved["lr"], 0.01)
 
 
-def test_fused_is_the_live_groups():
-    a = ProxSGD(params_of(), fused=True)
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("fused", (True, False)),
+        ("capturable", (True, False)),
+        ("track_sparsity", (True, False)),
+        ("master_weights", (True, False)),
+        ("momentum_dtype", (torch.bfloat16, None)),
+    ],
+)
+def test_how_to_compute_is_the_live_groups(option, values):
+    a, b = (ProxSGD(params_of(), **{option: value}) for value in values)
     train(a)
-    b = ProxSGD(params_of(), fused=False)
     b.load_state_dict(a.state_dict())
-    assert b.param_groups[0]["fused"] is False
+    assert b.param_groups[0][option] is values[1]
     a.load_state_dict(b.state_dict())
-    assert a.param_groups[0]["fused"] is True
+    assert a.param_groups[0][option] is values[0]
+    train(a)
+    train(b)
 
 
 def test_own_checkpoint_brings_l1_and_l2_mode():
@@ -245,6 +256,9 @@ def test_names_survive_a_round_trip():
     assert a.param_groups[0]["param_names"] == ["weight", "bias"]
     b = ProxSGD(model.named_parameters())
     b.load_state_dict(a.state_dict())
+    assert b.param_groups[0]["param_names"] == ["weight", "bias"]
+    nameless = ProxSGD(model.parameters())
+    b.load_state_dict(nameless.state_dict())
     assert b.param_groups[0]["param_names"] == ["weight", "bias"]
 
 

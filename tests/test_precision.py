@@ -12,7 +12,7 @@ import reference
 import torch
 from reference import assert_same
 
-from resnet_reg_ext import ProxSGD, sparsity
+from resnet_reg_ext import L1Scheduler, ProxSGD, sparsity
 
 ACTIVITIES = [torch.profiler.ProfilerActivity.CPU]
 BACKENDS = pytest.mark.parametrize("fused", [True, False])
@@ -114,6 +114,10 @@ def test_clipping_by_a_coefficient_is_clip_grad_norm(fused, as_tensor):
 
 def test_a_coefficient_must_be_a_number():
     optimizer = ProxSGD([parameter(5, 0)])
+    with pytest.raises(ValueError, match=r"grad_coefficient is tensor\(.*j\): must be a number"):
+        optimizer.step(grad_coefficient=torch.tensor(1j))
+    optimizer.step(grad_coefficient=np.float64(0.5))
+    optimizer.step(grad_coefficient=np.array(0.5))
     with pytest.raises(ValueError, match=r"grad_coefficient is a tensor of shape \(2,\)"):
         optimizer.step(grad_coefficient=torch.ones(2))
     with pytest.raises(ValueError, match="grad_coefficient is 'half': must be a number"):
@@ -176,6 +180,14 @@ def test_bfloat16_momentum_of_float32_parameters(fused):
         w, m = reference.step(w, p.grad.numpy(), m, "float32", momentum_dtype="bfloat16", **options)
         assert_same(p, w)
     assert optimizer.state[p]["momentum_buffer"].dtype is torch.bfloat16
+
+
+def test_momentum_of_float64_parameters_is_float64():
+    p = parameter(50, 0, torch.float64)
+    optimizer = ProxSGD([p], momentum_dtype=torch.bfloat16)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].dtype is torch.float64
 
 
 def test_small_steps_move_a_bfloat16_weight_only_with_a_master():
@@ -244,6 +256,51 @@ def test_a_checkpoint_of_sgd_becomes_what_the_live_options_say():
     assert_same(buffer, sgd.state[p]["momentum_buffer"].bfloat16())
 
 
+def test_a_master_weight_that_another_optimizer_has_carried_along_is_not_believed():
+    """SGD keeps what it doesn't know, cast to the parameter's dtype, and trains the parameter."""
+    p = parameter(50, 0, torch.bfloat16)
+    optimizer = ProxSGD([p], 0.1, master_weights=True)
+    p.grad = randn(50, 1, torch.bfloat16)
+    optimizer.step()
+    sgd = torch.optim.SGD([p], 0.1, 0.9)
+    sgd.load_state_dict(optimizer.state_dict())
+    assert "master_weight" in sgd.state[p]  # or this shows nothing
+    for _ in range(5):
+        sgd.step()
+    trained = p.detach().clone()
+    again = ProxSGD([p], master_weights=True)
+    again.load_state_dict(sgd.state_dict())
+    assert_same(
+        again.state[p]["momentum_buffer"].bfloat16(), sgd.state[p]["momentum_buffer"], "momentum"
+    )
+    again.param_groups[0]["lr"] = 0.0
+    p.grad = torch.zeros_like(p)
+    again.step()
+    assert_same(p, trained)
+    assert_same(again.state[p]["master_weight"], trained.float())
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_master_weight_is_left_behind_by_steps_in_float32(fused):
+    model = torch.nn.Linear(20, 20, bias=False).bfloat16()
+    optimizer = ProxSGD(model.parameters(), 0.1, master_weights=True, fused=fused)
+
+    def step(lr):
+        optimizer.param_groups[0]["lr"] = lr
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+
+    step(0.1)
+    model.weight.grad = None
+    model.float()
+    step(0.1)
+    model.weight.grad = None
+    model.bfloat16()
+    trained = model.weight.detach().clone()
+    step(0.0)
+    assert_same(model.weight, trained)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8, "bfloat16"])
 def test_an_unknown_momentum_dtype_is_named(dtype):
     with pytest.raises(ValueError, match=r"momentum_dtype is .*must be None, torch.float32 or"):
@@ -283,6 +340,24 @@ def test_zeros_counted_in_the_step_are_those_that_are_there(dtype, fused):
     assert 0 < optimizer.sparsity().fraction < 1
 
 
+@pytest.mark.parametrize("strange", ["another layout", "expanded", "both"])
+def test_zeros_are_counted_where_the_native_kernel_can_not_take_all(strange):
+    params = [parameter(40, n).detach().view(8, 5).requires_grad_() for n in range(3)]
+    grads = [randn(40, n).view(8, 5) for n in range(3)]
+    if strange != "expanded":
+        grads[0] = grads[0].t().contiguous().t()
+    if strange != "another layout":
+        grads[1] = torch.ones(1).expand(8, 5)
+    optimizer = ProxSGD(params, 0.1, l1=0.5, track_sparsity=True)
+    for _ in range(2):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+        known = optimizer._zeros_known()
+        assert [known[p].item() for p in params] == [int((p == 0).sum()) for p in params]
+    assert all(0 < known[p].item() for p in params)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_counting_takes_no_memory_for_each_element(fused):
     w = torch.nn.Parameter(torch.zeros(1 << 22))
@@ -310,6 +385,23 @@ def test_a_count_is_not_believed_after_two_weights_were_swapped():
     assert optimizer.sparsity().zeros == 0
     first.data, second.data = second.data, first.data
     assert optimizer.sparsity().zeros == 4
+
+
+def test_a_count_is_not_believed_where_new_weights_took_the_old_ones_place():
+    """Memory that is given back is given out again, at the same address."""
+    w = torch.nn.Parameter(torch.ones(5000))
+    w.grad = torch.zeros_like(w)
+    optimizer = ProxSGD([w], momentum=0.0, l1=0.0, weight_decay=0.0, track_sparsity=True)
+    optimizer.step()
+    address = w.data_ptr()
+    w.data = torch.ones(5000)
+    kept = []
+    for _ in range(100):
+        kept.append(torch.zeros(5000))
+        if kept[-1].data_ptr() == address:
+            break
+    w.data = kept[-1]
+    assert optimizer.sparsity().zeros == 5000
 
 
 def test_a_count_is_not_believed_after_the_weights_have_changed():
@@ -359,6 +451,28 @@ def test_frozen_zeros_stay_and_the_others_lose_the_bias(fused, l1_of_b):
     again = ProxSGD([{"params": [w], "l1": torch.tensor(0.1)}, {"params": [b], "l1": l1_of_b}])
     again.freeze_zeros()
     assert [g["frozen_zeros"] for g in again.param_groups] == [True, False]
+    optimizer.param_groups[1]["frozen_zeros"] = True
     optimizer.freeze_zeros(False)
+    assert [g["frozen_zeros"] for g in optimizer.param_groups] == [False, False]
     train()
     torch.testing.assert_close(w.detach(), torch.tensor([2.9, -1.9, 0.4, 0, 0, 0]))
+
+
+def test_zeros_are_frozen_after_a_schedule_that_took_l1_to_0():
+    w, b = parameter(4, 0), parameter(4, 1)
+    optimizer = ProxSGD([{"params": [w]}, {"params": [b], "l1": 0.0}], l1=0.1)
+    schedule = L1Scheduler(optimizer, torch.optim.lr_scheduler.PolynomialLR, total_iters=2)
+    for _ in range(3):
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["l1"] == 0
+    optimizer.freeze_zeros()
+    assert [g["frozen_zeros"] for g in optimizer.param_groups] == [True, False]
+
+
+def test_freezing_zeros_where_no_group_has_an_l1_is_an_error():
+    optimizer = ProxSGD([parameter(4, 0)], l1=0.0)
+    with pytest.raises(ValueError, match="freeze_zeros: no parameter group has an l1 above 0"):
+        optimizer.freeze_zeros()
+    optimizer.freeze_zeros(False)
+    assert optimizer.param_groups[0]["frozen_zeros"] is False

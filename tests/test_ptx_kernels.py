@@ -133,6 +133,14 @@ def test_values_in_device_memory_are_those_of_the_host(options, dtype):
         check("compute_80", dtype, tensors, options, on_device={name: values[name]})
 
 
+@pytest.mark.parametrize("name", ["lr", "l1"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_the_device_holds_counts_as_0_where_rounding_took_it_below(dtype, name):
+    tensors = [*harness.make_tensors([300], dtype, seed=11), harness.signed_zeros(dtype)]
+    options = {**OPTIONS[7], name: 0.0}
+    check("compute_80", dtype, tensors, options, on_device={name: -1e-18})
+
+
 def test_frozen_zeros_stop_the_shrinkage_of_an_l1_in_device_memory():
     tensors = harness.make_tensors([300], "float32", seed=11)
     check("compute_80", "float32", tensors, OPTIONS[9], on_device={"l1": 0.03})

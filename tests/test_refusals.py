@@ -444,6 +444,34 @@ def test_lists_of_different_lengths():
     assert torch.equal(p, torch.ones(3))
 
 
+def test_what_is_no_tensor_in_a_list():
+    p = torch.ones(3)
+    with pytest.raises(TypeError, match=r"grads\[1\] is a NoneType: must be a tensor"):
+        prox_sgd_([p, p.clone()], [torch.ones(3), None], lr=0.1)
+    prox_sgd_([p], iter([torch.ones(3)]), lr=0.5)
+    assert p.tolist() == [0.5] * 3
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.1j), torch.tensor(0.1, device="meta")], ids=str)
+def test_an_lr_that_is_no_real_number(value):
+    with pytest.raises(ValueError, match=r"lr is tensor\(.*\): must be a number"):
+        ProxSGD([nn.Parameter(torch.ones(3))], lr=value)
+
+
+def test_a_state_that_was_replaced_by_a_plain_dict():
+    """torch's SGD refuses it before it steps; here it is a state like any other."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer, other = ProxSGD([params[0]], 0.1, l1=0.0), torch.optim.SGD([params[1]], 0.1, 0.9)
+    other.param_groups[0]["weight_decay"] = optimizer.param_groups[0]["weight_decay"]
+    optimizer.state = {}
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones(3)
+        optimizer.step()
+        other.step()
+    assert torch.equal(*params)
+
+
 @pytest.mark.parametrize("key", ["lr", "l1", "weight_decay"])
 def test_a_number_too_large_for_the_compute_type(key):
     """It is finite but an infinity in float32: refused or not, but alike, and nothing half done."""

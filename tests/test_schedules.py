@@ -4,6 +4,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from reference import assert_same
@@ -181,6 +182,78 @@ def test_an_l1_that_is_a_tensor_is_changed_in_place():
     TargetSparsity(optimizer, 0.9, steps=10).step()
     assert optimizer.param_groups[0]["l1"] is l1
     assert l1.item() > 0.125
+
+
+@pytest.mark.parametrize("l1", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
+def test_a_schedule_that_rounding_takes_below_0_ends_at_0(l1):
+    optimizer = ProxSGD([nn.Parameter(torch.ones(3))], l1=l1)
+    schedule = L1Scheduler(
+        optimizer, lr_scheduler.LinearLR, start_factor=0.3, end_factor=0.0, total_iters=3
+    )
+    for _ in range(3):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+        optimizer.step()
+        schedule.step()
+    assert schedule._stand_in.param_groups[0]["lr"] < 0  # or this shows nothing
+    assert values(optimizer) == [0.0]
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_an_lr_that_rounding_takes_below_0_counts_as_0(fused, as_tensor):
+    """LinearLR down to 0 multiplies its way there; torch's SGD goes on, and so does ProxSGD."""
+    p = nn.Parameter(torch.tensor([0.5, 0.0]))
+    lr = torch.tensor(0.1, dtype=torch.float64) if as_tensor else 0.1
+    optimizer = ProxSGD([p], lr, l1=0.01, fused=fused)
+    schedule = lr_scheduler.LinearLR(optimizer, end_factor=0.0, total_iters=4)
+    for _ in range(4):
+        p.grad = torch.tensor([1.0, 1e-3])
+        optimizer.step()
+        schedule.step()
+    assert -1e-15 < optimizer.param_groups[0]["lr"] < 0  # or this shows nothing
+    before = p.detach().clone()
+    p.grad = torch.tensor([1.0, 1e-3])
+    optimizer.step()
+    assert_same(p, before)
+    assert p[1] == 0
+
+
+def test_an_lr_below_0_is_refused_under_a_schedule_too():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = ProxSGD([p], 0.1)
+    schedule = lr_scheduler.LambdaLR(optimizer, lambda epoch: 1 - 1.001 * epoch)
+    optimizer.step()
+    schedule.step()
+    p.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=r"lr is -9\.99.*e-05: must be finite and not negative"):
+        optimizer.step()
+    assert p.tolist() == [1.0, 1.0]
+
+
+def test_a_schedule_of_another_optimizer_is_refused():
+    """It would move lr, and l1 would stay."""
+    optimizer = optimizer_with(0.1)
+    with pytest.raises(TypeError, match="schedule made a ExponentialLR: must make a scheduler of"):
+        L1Scheduler(optimizer, lambda _: lr_scheduler.ExponentialLR(optimizer, 0.5))
+    with pytest.raises(TypeError, match="schedule made a NoneType: must make a scheduler of"):
+        L1Scheduler(optimizer, lambda _: None)
+
+
+def test_chaining_by_torch_is_refused_and_the_right_way_told():
+    optimizer = optimizer_with(0.1)
+    lr_scheduler.StepLR(optimizer, 5)  # leaves the initial lr that SequentialLR asks for
+    parts = [L1Scheduler(optimizer, lr_scheduler.StepLR, step_size=2) for _ in range(2)]
+    with pytest.raises(TypeError, match=r"L1Scheduler\(optimizer, lambda o: SequentialLR\(o"):
+        lr_scheduler.SequentialLR(optimizer, parts, milestones=[3])
+
+
+@pytest.mark.parametrize("make", [L1Scheduler, TargetSparsity])
+def test_an_l1_in_whole_numbers_can_not_be_moved(make):
+    optimizer = ProxSGD([nn.Parameter(torch.ones(3))], l1=torch.tensor(1))
+    options = {"schedule": lr_scheduler.StepLR} if make is L1Scheduler else {"steps": 10}
+    with pytest.raises(TypeError, match=r"param_groups\[0\]: l1 is a tensor of torch.int64"):
+        make(optimizer, **options)
 
 
 def test_beside_a_scheduler_of_lr():
@@ -403,7 +476,7 @@ def steer(optimizer, steering, a, steps):
         yield float((p == 0).sum()) / p.numel()
 
 
-@pytest.mark.parametrize("lr", [0.0, 0.05], ids=["missed", "reached"])
+@pytest.mark.parametrize("lr", [1e-18, 0.05], ids=["missed", "reached"])
 def test_a_missed_target_is_told_once(lr):
     """Where nothing moves, as after a learning rate that has decayed, no l1 makes zeros."""
     a, optimizer = lasso(l1=0.1)
@@ -414,7 +487,7 @@ def test_a_missed_target_is_told_once(lr):
         warnings.simplefilter("always")
         shares = list(steer(optimizer, steering, a, 520))
     messages = [str(w.message) for w in caught]
-    if lr:
+    if lr > 1e-18:
         assert abs(shares[-1] - 0.7) <= 0.01
         assert messages == []
     else:
@@ -422,6 +495,98 @@ def test_a_missed_target_is_told_once(lr):
         assert "after 500 steps 0.0% of the weights are zero, not 70.0%" in message
         assert "l1 has come to " in message
         assert caught[0].filename == __file__
+
+
+def test_a_target_that_is_missed_by_some_points_is_told():
+    a, optimizer = lasso(l1=0.1)
+    steering = TargetSparsity(optimizer, 0.7, steps=500)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for number, share in enumerate(steer(optimizer, steering, a, 500)):
+            if number > 50 and share > 0.62:
+                optimizer.param_groups[0]["lr"] = 1e-18
+    assert 0.62 < share < 0.68
+    (message,) = [str(w.message) for w in caught]
+    assert f"after 500 steps {share:.1%} of the weights are zero, not 70.0%" in message
+
+
+def steering_of_two(l1=0.01, steps=300):
+    """Two layers of one steered group, each drawn to values of its own."""
+    generator = torch.Generator().manual_seed(3)
+    aims = [torch.randn(500, generator=generator) for _ in range(2)]
+    params = [nn.Parameter(a.clone()) for a in aims]
+    optimizer = ProxSGD(params, lr=0.05, weight_decay=0.0, l1=l1)
+    steering = TargetSparsity(optimizer, 0.7, steps=steps, freeze=False)
+
+    def step():
+        for p, a in zip(params, aims, strict=True):
+            p.grad = p.detach() - a if p.requires_grad else None
+        optimizer.step()
+        steering.step()
+
+    return params, optimizer, steering, step
+
+
+def test_a_frozen_layer_is_not_counted_and_l1_does_not_run_away():
+    """It can't become sparse, so its share would raise l1 until nothing is left of the other."""
+    (first, second), optimizer, steering, step = steering_of_two()
+    first.requires_grad_(False)
+    for _ in range(300):
+        step()
+    assert steering.share == pytest.approx(0.7, abs=0.02)
+    assert steering.share == float((second == 0).sum()) / 500
+    assert (first != 0).all()
+    l1 = values(optimizer)[0]
+    first.requires_grad_(True)
+    for _ in range(300):
+        step()
+        assert values(optimizer)[0] < 1.5 * l1
+    assert steering.share == pytest.approx(0.7, abs=0.02)
+    assert steering.share == float((first == 0).sum() + (second == 0).sum()) / 1000
+
+
+@pytest.mark.parametrize("how", ["frozen", "lr"])
+def test_l1_stays_while_nothing_can_move(how):
+    params, optimizer, steering, step = steering_of_two()
+    for p in params:
+        p.requires_grad_(how != "frozen")
+    if how == "lr":
+        optimizer.param_groups[0]["lr"] = 0.0
+    for _ in range(100):
+        step()
+    assert values(optimizer) == [0.01]
+    assert steering.share is None
+    for p in params:
+        p.requires_grad_(True)
+    optimizer.param_groups[0]["lr"] = 0.05
+    for _ in range(200):
+        step()
+    assert steering.share == pytest.approx(0.7, abs=0.02)
+
+
+def test_a_run_in_which_nothing_could_move_is_told():
+    params, optimizer, steering, step = steering_of_two(steps=3)
+    for p in params:
+        p.requires_grad_(False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            step()
+    (message,) = [str(w.message) for w in caught]
+    assert "in 3 steps no weight of its groups could move" in message
+    assert values(optimizer) == [0.01]
+
+
+@pytest.mark.filterwarnings("ignore:TargetSparsity")
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_one_count_moves_l1_fourfold_at_the_most(steps):
+    a, optimizer = lasso(0.01)
+    steering = TargetSparsity(optimizer, 0.9, steps=steps)
+    last = 0.01
+    for _ in steer(optimizer, steering, a, steps):
+        assert last / 4.001 <= values(optimizer)[0] <= last * 4.001
+        last = values(optimizer)[0]
+    assert last > 0.01
 
 
 @pytest.mark.parametrize(
@@ -536,7 +701,9 @@ def test_a_group_whose_schedule_has_ended_at_zero_can_not_be_steered():
         TargetSparsity(optimizer, 0.5, steps=10)
 
 
-@pytest.mark.parametrize("options", [{"steps": 9.0}, {"steps": 9, "begin": 0.5}, {"every": True}])
+@pytest.mark.parametrize(
+    "options", [{"steps": 9.0}, {"steps": "9"}, {"steps": 9, "begin": 0.5}, {"every": True}]
+)
 def test_steps_must_be_whole_numbers(options):
     with pytest.raises(TypeError, match=r"TargetSparsity: .* must be a whole number"):
         TargetSparsity(optimizer_with(0.1), **{"steps": 10, **options})
@@ -558,8 +725,13 @@ def test_waits_while_zeros_are_frozen():
     assert last == pytest.approx(0.8, abs=0.01)
 
 
+def test_whole_numbers_may_be_numpys():
+    steering = TargetSparsity(optimizer_with(0.1), 0.5, steps=np.int64(10), every=np.int32(2))
+    assert (steering.steps, steering.every) == (10, 2)
+
+
 @pytest.mark.filterwarnings("ignore:TargetSparsity")  # it is resumed in mid-air
-@pytest.mark.parametrize("stop", [3, 60, 350])
+@pytest.mark.parametrize("stop", [3, 60, 150, 200, 350])
 def test_steering_resumes_bit_by_bit(stop):
     a, optimizer = lasso(0.01)
     steering = TargetSparsity(optimizer, 0.7, steps=300, begin=10, every=4)
@@ -586,6 +758,7 @@ def test_steering_resumes_bit_by_bit(stop):
         ({"target": 0.0, "steps": 10}, "target is 0.0: must be above 0 and below 1"),
         ({"target": 1.0, "steps": 10}, "target is 1.0: must be above 0 and below 1"),
         ({"target": math.nan, "steps": 10}, "target is nan: must be above 0 and below 1"),
+        ({"target": "half", "steps": 10}, "target is 'half': must be above 0 and below 1"),
         ({"steps": 0}, "begin is 0 and steps is 0: begin must be"),
         ({"steps": 10, "begin": 10}, "begin is 10 and steps is 10: begin must be"),
         ({"steps": 10, "begin": -1}, "begin is -1 and steps is 10: begin must be"),

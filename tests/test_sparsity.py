@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LinearLR
 
-from resnet_reg_ext import ProxSGD, Sparsity, param_groups, sparsity
+from resnet_reg_ext import L1Scheduler, ProxSGD, Sparsity, param_groups, sparsity
 
 
 def model_with_zeros():
@@ -125,6 +126,30 @@ def test_empty_parameters_and_models():
     model.scalar = nn.Parameter(torch.tensor(0.0))
     found = sparsity(model)
     assert [(r.zeros, r.size, r.fraction) for r in found.layers] == [(0, 0, 0.0), (1, 1, 1.0)]
+
+
+def test_a_model_does_not_tell_what_is_regularised():
+    """An empty answer would look like no zeros."""
+    with pytest.raises(ValueError, match="only an optimizer tells what is regularised"):
+        _ = sparsity(model_with_zeros()).regularised
+
+
+def test_what_a_schedule_has_taken_to_0_was_regularised():
+    weights = [nn.Parameter(torch.zeros(n)) for n in (3, 5)]
+    optimizer = ProxSGD([{"params": [weights[0]], "l1": 0.1}, {"params": [weights[1]], "l1": 0.0}])
+    schedule = L1Scheduler(optimizer, LinearLR, start_factor=1.0, end_factor=0.0, total_iters=1)
+    optimizer.step()
+    schedule.step()
+    found = sparsity(optimizer)
+    assert [(r.l1, r.regularised) for r in found.layers] == [(0.0, True), (0.0, False)]
+    assert found.regularised.size == 3
+
+
+def test_a_parameter_that_was_appended_without_a_name():
+    optimizer = ProxSGD(nn.Linear(2, 2, bias=False).named_parameters())
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.zeros(3)))
+    names = [layer.name for layer in sparsity(optimizer).layers]
+    assert names == ["weight", "param_groups[0]['params'][1]"]
 
 
 def test_shared_parameters_count_once():
