@@ -47,19 +47,22 @@ def param_groups(
             f"param_groups: model is a {type(model).__name__}: must be a module, whose layers tell "
             "which parameters to regularise"
         )
-    exclude = (exclude,) if isinstance(exclude, str) else exclude
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     unmatched = set(exclude)
     names: dict[nn.Parameter, str] = {}
     unregularised: set[nn.Parameter] = set()
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        is_norm = "norm" in type(module).__name__.lower()
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{module_name}.{leaf}" if module_name else leaf
-            names.setdefault(parameter, name)
-            matching = [pattern for pattern in exclude if fnmatchcase(name, pattern)]
-            unmatched.difference_update(matching)
-            if is_norm or "bias" in leaf.split("_") or matching:
-                unregularised.add(parameter)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, name)
+        # What torch.nn.utils.parametrize computes "weight" from is "parametrizations.weight.…".
+        path = name.split(".")
+        end = path.index("parametrizations") if "parametrizations" in path[:-2] else len(path) - 1
+        leaf = path[-1] if end == len(path) - 1 else path[end + 1]
+        is_norm = "norm" in type(modules[".".join(path[:end])]).__name__.lower()
+        matching = [pattern for pattern in exclude if fnmatchcase(name, pattern)]
+        unmatched.difference_update(matching)
+        if is_norm or "bias" in leaf.split("_") or matching:
+            unregularised.add(parameter)
     if not names:
         raise ValueError("param_groups: the model has no parameters")
     if unmatched:

@@ -92,6 +92,49 @@ def test_exclude(patterns, moved):
     assert moved <= set(unregularised)
 
 
+class Same(nn.Module):
+    """A parametrization that changes nothing."""
+
+    def forward(self, x):
+        return x
+
+
+def test_what_is_parametrized_is_what_it_was():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    for module in model:
+        for leaf in ("weight", "bias"):
+            nn.utils.parametrize.register_parametrization(module, leaf, Same())
+    regularised, unregularised = split(param_groups(model))
+    assert regularised == ["0.parametrizations.weight.original"]
+    assert len(unregularised) == 3
+
+
+def test_a_parametrization_of_several_tensors():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    regularised, unregularised = split(param_groups(layer))
+    assert unregularised == ["bias"]
+    assert len(regularised) == 2
+
+
+def test_one_parameter_under_two_names_of_one_module():
+    layer = nn.Linear(3, 1)
+    layer.weight = nn.Parameter(torch.ones(1))
+    layer.bias = layer.weight
+    assert split(param_groups(layer)) == ([], ["weight"])
+    assert split(param_groups(layer, exclude="bias")) == ([], ["weight"])
+
+
+def test_biases_are_told_by_a_word_not_by_letters():
+    module = nn.Module()
+    module.biased, module.bias_k = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    assert split(param_groups(module)) == (["biased"], ["bias_k"])
+
+
+def test_patterns_from_a_generator():
+    regularised, _ = split(param_groups(Net(), exclude=(p for p in ["conv.*", "head.*"])))
+    assert regularised == []
+
+
 @pytest.mark.parametrize("model", [list(Net().parameters()), Net().named_parameters()])
 def test_parameters_alone_do_not_tell_what_they_are(model):
     with pytest.raises(TypeError, match=f"model is a {type(model).__name__}: must be a module"):
