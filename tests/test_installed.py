@@ -117,8 +117,24 @@ print(module.build_info()["version"], module.simd_level())
 
 
 def test_public_names():
-    for name in resnet_reg_ext.__all__:
-        assert getattr(resnet_reg_ext, name) is not None
+    assert sorted(resnet_reg_ext.__all__) == [
+        "L1Scheduler",
+        "LayerSparsity",
+        "ProxSGD",
+        "Sparsity",
+        "TargetSparsity",
+        "functional",
+        "param_groups",
+        "sparsity",
+    ]
+    assert sorted(resnet_reg_ext.functional.__all__) == [
+        "elastic_net_prox",
+        "prox_sgd_",
+        "soft_threshold",
+    ]
+    for module in (resnet_reg_ext, resnet_reg_ext.functional):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__
 
 
 def test_a_device_that_cannot_be_used_is_warned_of_once_with_the_reason(monkeypatch):

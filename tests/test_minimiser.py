@@ -108,7 +108,7 @@ def test_separable_quadratic_in_closed_form(trajectory, l2_mode, dtype):
     assert 40 < zeros.sum() < 160
     assert np.array_equal(zeros, expected == 0)
     assert not torch.signbit(w[w == 0]).any()
-    # The issue asks for 1e-5. In float64 only convergence limits it.
+    # In float64 only convergence limits it.
     assert_optimal(w, gradient, l1, weight_decay, 1e-10 if dtype is torch.float64 else 1e-5)
     assert np.abs(w.double().numpy() - expected).max() < 1e-5
 
