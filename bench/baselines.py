@@ -164,6 +164,18 @@ def _fused_softshrink_loop(problem: Problem) -> Step:
     return step
 
 
+def _fused_softshrink_in_place(problem: Problem) -> Step:
+    sgd = problem.sgd(fused=True)
+
+    @torch.no_grad()
+    def step() -> None:
+        sgd.step()
+        for p in problem.params:
+            torch._C._nn.softshrink(p, problem.threshold, out=p)
+
+    return step
+
+
 def foreach_soft_threshold_(params: list[Tensor], threshold: float) -> None:
     """sign(p)·max(|p| - threshold, 0), as one writes it with torch._foreach."""
     sign = torch._foreach_sign(params)
@@ -180,6 +192,19 @@ def _foreach_threshold(problem: Problem) -> Step:
     def step() -> None:
         sgd.step()
         foreach_soft_threshold_([*problem.params], problem.threshold)
+
+    return step
+
+
+def _foreach_clamp(problem: Problem) -> Step:
+    sgd = problem.sgd(foreach=True)
+
+    @torch.no_grad()
+    def step() -> None:
+        sgd.step()
+        within = torch._foreach_clamp_min(problem.params, -problem.threshold)
+        torch._foreach_clamp_max_(within, problem.threshold)
+        torch._foreach_sub_(problem.params, within)
 
     return step
 
@@ -376,10 +401,22 @@ BASELINES = {
             _fused_softshrink_loop,
         ),
         Baseline(
+            "softshrink_in_place",
+            "SGD(fused) + softshrink in place",
+            "torch._C._nn.softshrink(p, out=p), which is not public, for each tensor after the step",
+            _fused_softshrink_in_place,
+        ),
+        Baseline(
             "foreach_threshold",
             "SGD(foreach) + foreach soft-threshold",
             "sign(p)·max(|p| - t, 0) in five torch._foreach operations after the step",
             _foreach_threshold,
+        ),
+        Baseline(
+            "foreach_clamp",
+            "SGD(foreach) + foreach clamp",
+            "p - clamp(p, -t, t) in three torch._foreach operations after the step",
+            _foreach_clamp,
         ),
         Baseline(
             "l1_loss",

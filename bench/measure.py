@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import ROOT
 
 Step = Callable[[], object]
 Quantiles = dict[str, float]
@@ -194,7 +197,18 @@ def machine(device: str) -> dict[str, Any]:
         "os": platform.platform(),
         "load_at_start": round(os.getloadavg()[0], 2),
         "versions": versions,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """The sources' commit, with "-dirty" if they have changed since; None for an installed copy."""
+    command = ["git", "describe", "--always", "--abbrev=9", "--exclude=*", "--dirty"]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
 
 
 def _cores() -> int:

@@ -48,6 +48,7 @@ def machine_line(results: dict[str, Any]) -> str:
         if name in versions
     )
     form = ", quick form" if results["quick"] else ""
+    form += f", commit {m['commit']}" if m.get("commit") else ""
     return (
         f"{device}{m['cpu']}{ids}, {m['cores']} cores, {m['threads']} threads, "
         f"{results['simd']} kernels, {peers}, {results['date']}{form}."
@@ -58,20 +59,24 @@ def _digits(bar: dict[str, Any]) -> int:
     return 3 if bar["q50"] < 0.2 else 2
 
 
-def side_by_side(runs: Sequence[dict[str, Any]]) -> str:
-    """Medians of several runs, a column each."""
+def side_by_side(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """Medians of several runs, a column each; in bold where the bar isn't met."""
     rows = []
-    for bars in zip(*(run["bars"] for run in runs), strict=True):
-        medians = [
-            UNMEASURED if bar.get("missing") else f"{bar['q50']:.{_digits(bar)}f}" for bar in bars
-        ]
-        rows.append((bars[0]["what"], f"≤ {bars[0]['bar']:.2f}", *medians))
+    for name, *bars in zip(names, *(run["bars"] for run in runs), strict=True):
+        rows.append((name, f"≤ {bars[0]['bar']:.2f}", *map(_median, bars)))
     heads = [
         f"{run['date']}, {run['machine']['cpu_ids'].split(',')[0]}, "
         f"{run['tables'][0]['limit']['gb_per_s']['q50']:.0f} GB/s"
         for run in runs
     ]
     return _grid(("what", "bar", *heads), rows)
+
+
+def _median(bar: dict[str, Any]) -> str:
+    if bar.get("missing"):
+        return UNMEASURED
+    text = f"{bar['q50']:.{_digits(bar)}f}"
+    return text if bar["met"] else f"**{text}**"
 
 
 def bars_table(results: dict[str, Any]) -> str:
@@ -146,9 +151,9 @@ def readme_block(results: dict[str, Any], others: Sequence[dict[str, Any]]) -> s
     return "\n\n".join(
         (
             bars_table(results),
-            f"Medians of other runs; GB/s are what `addcmul_` moved meanwhile, in the run above "
-            f"{main['limit']['gb_per_s']['q50']:.0f}:",
-            side_by_side(others),
+            f"Medians of other runs, bold where a bar is missed; GB/s are what `addcmul_` moved "
+            f"meanwhile, in the run above {main['limit']['gb_per_s']['q50']:.0f}:",
+            side_by_side(others, [bar["what"] for bar in results["bars"]]),
             f"One step: {_title(main)}. Median (20 % to 80 %).",
             step_table(main),
             f"{machine_line(results)} Ratios are formed within rounds in which all rows run in "

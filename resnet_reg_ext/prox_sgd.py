@@ -77,14 +77,16 @@ class ProxSGD(Optimizer):
         dampening: in [0, 1] (default: 0).
         weight_decay: coefficient of ½‖w‖² in F, >= 0 (default: 1e-4).
         nesterov: Nesterov's momentum; needs a momentum and no dampening (default: False).
-        l1: coefficient of ‖w‖₁ in F, >= 0 (default: 1e-5).
+        l1: coefficient of ‖w‖₁ in F, >= 0 (default: 1e-5). A one-element tensor is read at each
+            step.
         l2_mode: ``"coupled"`` adds weight_decay * p to the gradient, as SGD does; ``"proximal"``
             divides by 1 + lr * weight_decay * k after the shrinkage, the elastic net's proximal map
             in closed form (default: ``"coupled"``).
         maximize: ascend f instead of descending it (default: False).
         fused: None takes the native kernel, one pass over memory, for every tensor that it can take
             and pure PyTorch for the others; True raises where it can't; False always takes pure
-            PyTorch (default: None). The bits are the same.
+            PyTorch (default: None). The bits are the same, on a CPU with AVX2; on others torch
+            rounds a sum with a factor twice.
         capturable: the step may be captured in a CUDA graph: an ``lr`` or ``l1`` that is a CUDA
             tensor is then followed by the graph, and what would need the host to wait raises
             (default: False).
@@ -95,7 +97,7 @@ class ProxSGD(Optimizer):
             weight (default: False).
         momentum_dtype: the dtype of the momentum buffers: None is the parameter's, or float32 with
             master weights; ``torch.bfloat16`` with float32 parameters saves 4 of the 20 bytes an
-            element that a step moves (default: None).
+            element that a step moves. float64 parameters keep float64 (default: None).
         track_sparsity: count exact zeros in the step's own pass; see :meth:`sparsity` (default:
             False).
 
@@ -126,7 +128,8 @@ class ProxSGD(Optimizer):
         Combettes and Wajs, *Signal recovery by proximal forward-backward splitting*, 2005, eq. 3.6;
         Zou and Hastie, *Regularization and variable selection via the elastic net*, 2005; Yang et
         al., *ProxSGD: Training structured neural networks under regularization and constraints*,
-        2020.
+        2020, whose method averages gradients with weights that change from step to step and goes
+        part of the way to the proximal point; this one is SGD with a proximal step.
     """
 
     def __init__(
@@ -138,7 +141,7 @@ class ProxSGD(Optimizer):
         weight_decay: float = 1e-4,
         nesterov: bool = False,
         *,
-        l1: float = 1e-5,
+        l1: float | Tensor = 1e-5,
         l2_mode: str = "coupled",
         maximize: bool = False,
         fused: bool | None = None,

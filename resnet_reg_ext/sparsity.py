@@ -20,8 +20,11 @@ class LayerSparsity:
     """Exact zeros of one parameter."""
 
     name: str
+    """The parameter's name, or its place in the groups where those have no names."""
     zeros: int
+    """How many of its elements are +0 or -0."""
     size: int
+    """How many elements it has."""
     l1: float | None = None
     """The L1 coefficient of its group, where it was counted through an optimizer."""
     regularised: bool | None = None
