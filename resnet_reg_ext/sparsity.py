@@ -122,8 +122,8 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
         zeros = _to_host(counts)
     return Sparsity(
         tuple(
-            LayerSparsity(name, n, p.numel(), *of_group)
-            for (name, p, *of_group), n in zip(named, zeros, strict=True)
+            LayerSparsity(name, n, p.numel(), l1, regularised)
+            for (name, p, l1, regularised), n in zip(named, zeros, strict=True)
         )
     )
 
