@@ -230,7 +230,7 @@ def find_cxx() -> str:
 
 
 class FreshBuild(build_py):  # type: ignore[misc]
-    """Copies the package into an empty folder: an older version's may hold modules that are gone."""
+    """Copies the package into an empty folder: an older version's may hold what is gone."""
 
     def run(self) -> None:
         """Empties the folder, and copies."""
@@ -302,7 +302,10 @@ class NinjaBuild(build_ext):  # type: ignore[misc]
 
         # Tried with code, as some compilers only warn of flags for another processor.
         avx2 = ["-mavx2", "-mfma", "-mf16c"]
-        uses_avx2 = "#include <immintrin.h>\nint main() { return _mm256_movemask_epi8(_mm256_setzero_si256()); }"
+        uses_avx2 = (
+            "#include <immintrin.h>\n"
+            "int main() { return _mm256_movemask_epi8(_mm256_setzero_si256()); }"
+        )
         has_avx2 = self._accepted(cxx, avx2, uses_avx2)
         uses_openmp = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }"
         openmp = ["-fopenmp"] if self._accepted(cxx, ["-fopenmp"], uses_openmp) else []

@@ -565,7 +565,7 @@ def test_l1_stays_while_nothing_can_move(how):
 
 
 def test_a_run_in_which_nothing_could_move_is_told():
-    params, optimizer, steering, step = steering_of_two(steps=3)
+    params, optimizer, _, step = steering_of_two(steps=3)
     for p in params:
         p.requires_grad_(False)
     with warnings.catch_warnings(record=True) as caught:
