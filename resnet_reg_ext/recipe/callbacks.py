@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from tqdm import tqdm
 
 from .files import RecipeError, aside
@@ -50,7 +50,7 @@ class WholeFiles(TorchCheckpointIO):
 class StopOnSignal(Callback):
     """Ctrl-C and SIGTERM stop after the step under way, with a checkpoint to go on from.
 
-    A second signal stops at once.
+    After an epoch's last step its evaluation comes first. A second signal stops at once.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -75,10 +75,16 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Stops if a signal came, in all processes after the same step."""
-        # After an epoch's last step its evaluation comes first, else it would be left out.
-        if trainer.is_last_batch:
-            return
+        """Stops if a signal came, unless the epoch ends here."""
+        if not trainer.is_last_batch:
+            self._stop_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops if a signal came, the evaluation behind."""
+        self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        """Stops in all processes after the same step."""
         received = trainer.strategy.reduce_boolean_decision(self.received > 0, all=False)
         if received:
             trainer.save_checkpoint(self.checkpoint)
@@ -87,6 +93,29 @@ class StopOnSignal(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Gives the signals back."""
         self._give_back()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Gives the signals back: there is no teardown then."""
+        self._give_back()
+
+
+class Patience(EarlyStopping):
+    """Early stopping whose count of evaluations, and whose end, a resumption keeps.
+
+    Args:
+        evaluations: how many may pass without a lower test loss.
+    """
+
+    def __init__(self, evaluations: int) -> None:
+        # Before the epoch ends, when its checkpoint is written.
+        super().__init__("test_loss", patience=evaluations, check_on_train_epoch_end=False)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stays stopped."""
+        if self.stopped_epoch:
+            trainer.should_stop = True
 
 
 class Checkpoints(Callback):
@@ -231,3 +260,9 @@ class Progress(Callback):
         """Closes the bar."""
         if self.bar is not None:
             self.bar.close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Closes the bar: there is no teardown then."""
+        self.teardown(trainer, pl_module, "fit")

@@ -63,21 +63,28 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """Parses options; those of ``--config`` come first, so that the command line's win."""
-    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     config = finder.parse_known_args(arguments)[0].config
-    if config:
+    if config is not None:
         arguments = [*config_arguments(config, parser), *arguments]
     return parser.parse_args(arguments)
 
 
+def _folder(text: str) -> Path:
+    # Path("") is the current folder.
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got ''")
+    return Path(text)
+
+
 def _add_out(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
-        "--out", type=Path, default=Path(default), help="output folder (default: %(default)s)"
+        "--out", type=_folder, default=Path(default), help="output folder (default: %(default)s)"
     )
     parser.add_argument(
         "--resume",
-        type=Path,
+        type=_folder,
         metavar="DIR",
         help="go on with the interrupted output folder DIR, as its settings say; "
         "no other option may be given",
@@ -121,15 +128,10 @@ def _train(arguments: list[str]) -> None:
     result = train(run, args.out, resume=args.resume is not None and has_begun)
     if is_first_process():
         print(f"\n{compare.table({'run': [result]})}")
-        names = (
-            OPTIONS_FILES["train"],
-            "result.json",
-            "best.ckpt",
-            "last.ckpt",
-            "csv",
-            "tensorboard",
-        )
-        _list_files([args.out / name for name in names])
+        names = (OPTIONS_FILES["train"], "result.json", "best.ckpt", "last.ckpt", "tensorboard")
+        # One since the start and one since each resumption, the oldest first.
+        logs = sorted(args.out.glob("csv/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+        _list_files([*(args.out / name for name in names), *logs])
 
 
 def _compare(arguments: list[str]) -> None:
@@ -192,7 +194,7 @@ def _evaluate(arguments: list[str]) -> None:
         help="what to do about unreadable images (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=Path, help="output folder (default: evaluate/ beside the checkpoint)"
+        "--out", type=_folder, help="output folder (default: evaluate/ beside the checkpoint)"
     )
     args = parser.parse_args(arguments)
     out = args.out or args.checkpoint.parent / "evaluate"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,16 @@ from . import plots
 from .callbacks import Stopped
 from .files import RecipeError, prepare_folder, write_text
 from .settings import OPTIONS_FILES, Run, save_options
-from .train import FULL_CHECKPOINT, WEIGHTS, Result, check, is_first_process, made_with, train
+from .train import (
+    FULL_CHECKPOINT,
+    WEIGHTS,
+    Result,
+    check,
+    is_first_process,
+    made_with,
+    to_json,
+    train,
+)
 
 COLUMNS = {
     "train acc": ("train_accuracy", "{:.3f}"),
@@ -194,10 +202,8 @@ def table(results: Results) -> str:
 def verdicts(results: Results) -> list[str]:
     """One sentence a name, against the first.
 
-    Seeds pair the runs. A difference counts as seen where the 95 % confidence interval of its mean
-    over the seeds (Student's t) leaves out 0. With one seed it must exceed two standard errors of
-    the difference of two proportions over the test images, which covers the choice of images but
-    not of the seed.
+    A difference counts as seen where it exceeds its margin: with one seed that of the test images,
+    which covers their choice but not the seed's; with several the larger of that and Student's.
     """
     (base_name, base), *others = results.items()
     lines = []
@@ -210,7 +216,9 @@ def verdicts(results: Results) -> list[str]:
             differences = [
                 b - a for a, b in zip(values(base, metric), values(runs, metric), strict=True)
             ]
-            margin = _margin(differences, base[0], runs[0])
+            margin = _images_margin(base, runs)
+            if len(differences) > 1:
+                margin = max(margin, _seeds_margin(differences))
             difference = mean(differences)
             if abs(difference) <= margin:
                 seen = f"no difference seen ({difference:+.3f}, within ±{margin:.3f})"
@@ -225,13 +233,26 @@ def verdicts(results: Results) -> list[str]:
     return lines
 
 
-def _margin(differences: Sequence[float], first: Result, second: Result) -> float:
+def _seeds_margin(differences: Sequence[float]) -> float:
+    """Half the 95 % confidence interval of the mean over the seeds, which pair the runs."""
     count = len(differences)
-    if count > 1:
-        return float(student.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count)
-    images = first.data["test_images"]
-    shares = [r.last["test_accuracy"] for r in (first, second)]
-    return 2 * math.sqrt(sum(p * (1 - p) for p in shares) / images)
+    return float(student.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count)
+
+
+def _images_margin(first: Sequence[Result], second: Sequence[Result]) -> float:
+    """Two standard errors of the difference of two proportions over the test images of all seeds.
+
+    Each proportion gets one image more that is right and one that is wrong (Agresti and Caffo
+    2000), lest it be 0 where all or none are right. That shrinks a difference by the factor
+    images / (images + 2); here the margin grows instead.
+    """
+    images: int = sum(r.data["test_images"] for r in first)
+    right = [
+        sum(r.last["test_accuracy"] * r.data["test_images"] for r in rs) for rs in (first, second)
+    ]
+    shares = [(count + 1) / (images + 2) for count in right]
+    error = math.sqrt(sum(p * (1 - p) for p in shares) / (images + 2))
+    return 2 * error * (images + 2) / images
 
 
 def conditions(results: Results) -> str:
@@ -262,7 +283,8 @@ def report(results: Results, verdict: Sequence[str]) -> str:
         ]
     else:
         lines += [
-            "- ± is the standard deviation over the seeds; in a verdict, half a 95 % interval."
+            "- ± is the standard deviation over the seeds; in a verdict, what a difference must "
+            "exceed to be seen."
         ]
     return "\n".join(lines)
 
@@ -272,7 +294,7 @@ def _save(results: Results, text: str, out: Path, name: str) -> list[Path]:
         "made_with": made_with(),
         "runs": {n: [asdict(r) for r in runs] for n, runs in results.items()},
     }
-    write_text(out / f"{name}.json", json.dumps(content) + "\n")
+    write_text(out / f"{name}.json", to_json(content))
     write_text(out / f"{name}.md", text + "\n")
     return [out / f"{name}.json", out / f"{name}.md"]
 

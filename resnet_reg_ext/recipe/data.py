@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # 1,797 images. Few are trained on, so that a ResNet-50 overfits within minutes.
 DIGITS_TRAIN_SIZE, DIGITS_TEST_SIZE = 200, 500
 SPLITS = ("train", "val", "test")
+WHOLE = "all images"
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,28 @@ class Split:
     """int64 (count,)"""
     wrong: int = 0
     """How many labels were made wrong on purpose."""
+    name: str = ""
+    """What ``load_split`` found it to be: one of ``SPLITS``, or ``WHOLE``."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: files ignored, images skipped, classes missing."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: Sequence[int]) -> Split:
         """Some of the images."""
-        return Split([self.images[i] for i in rows], self.labels[list(rows)])
+        images = [self.images[i] for i in rows]
+        return replace(self, images=images, labels=self.labels[list(rows)])
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which files a run was given; a checkpoint keeps it, to tell whether they are the same."""
+
+    folder: str
+    """The absolute path."""
+    digest: str
+    """Of the images' paths in the folder, their sizes and labels."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,8 @@ class Images:
     test: Split
     notes: tuple[str, ...] = ()
     """What the user should know: images skipped, splits left unused."""
+    source: Source | None = None
+    """None for the digits."""
 
 
 def load_images(run: Run) -> Images:
@@ -66,8 +85,7 @@ def load_images(run: Run) -> Images:
     images = _digits(run) if run.data == DIGITS else _folder(run)
     train, test = images.train, images.test
     if run.data != DIGITS:  # the digits are split to size at once
-        train = _subset(train, run.train_size, run.seed, "train_size")
-        test = _subset(test, run.test_size, run.seed, "test_size")
+        train, test = _subsets(train, test, run)
     if len(train) < run.batch_size:
         raise RecipeError(
             f"--batch-size {run.batch_size} is more than the {len(train)} training images"
@@ -84,34 +102,79 @@ def default_split(run: Run) -> str:
     return "val" if has_val and not has_test else "test"
 
 
-def load_split(run: Run, split: str, classes: Sequence[str]) -> Split:
+def load_split(
+    run: Run,
+    split: str | None,
+    classes: Sequence[str],
+    data: str | None = None,
+    source: Source | None = None,
+) -> Split:
     """One split, for evaluation; its labels are true.
 
+    The run's own images are split as in training, wherever they lie now. Other images are taken as
+    they are: a folder without folders for splits is taken whole.
+
     Args:
-        run: where the images are, and which of them.
-        split: "train", "val" or "test". The last two are one where the run splits the images; a
-            folder that is not split is taken whole.
+        run: the run that was trained.
+        split: "train", "val" or "test", the last two of which are one where the run splits the
+            images; None is what ``default_split`` says.
         classes: the class names that the model knows, in its order.
+        data: images as of ``run.data``; None takes those.
+        source: what the run was given, where that is known.
 
     Raises:
-        RecipeError: the split isn't there or its classes are others.
+        RecipeError: the split isn't there, its classes are others, or the images that the run split
+            have changed.
     """
-    if run.data != DIGITS and run.val_fraction is None:
-        root = Path(run.data)
-        if not root.is_dir():
-            raise RecipeError(f"--data {root} is not a folder (nor {DIGITS!r})")
-        if any((root / name).is_dir() for name in SPLITS):
-            root = root / split
-            if not root.is_dir():
-                there = [name for name in SPLITS if (Path(run.data) / name).is_dir()]
-                raise RecipeError(
-                    f"--data {run.data} has no folder {split}; --split may be {' or '.join(there)}"
-                )
-        return _scan(root, run, classes)[0]
-    images = load_images(replace(run, label_noise=0.0, batch_size=2))
-    if images.classes != tuple(classes):
-        raise RecipeError(_other_classes(run.data, images.classes, classes))
-    return images.train if split == "train" else images.test
+    trained_on = _place(run.data) if source is None else source.folder
+    same = data is None or _place(data) == trained_on
+    run = run if data is None else replace(run, data=data)
+    as_is = run if same else replace(run, val_fraction=None, train_size=None, test_size=None)
+    split = split or default_split(as_is)
+    if run.data == DIGITS:
+        images = load_images(replace(as_is, label_noise=0.0, batch_size=2))
+        if images.classes != tuple(classes):
+            raise RecipeError(_other_classes(run.data, images.classes, classes))
+        train, test = images.train, images.test
+    else:
+        root = _root(run)
+        there = [name for name in SPLITS if (root / name).is_dir()]
+        if there and as_is.val_fraction is None:
+            return _load_folder(root, split, there, as_is, classes)
+        every = _scan(root, run, classes)
+        unchanged = source is not None and source.digest == _digest(root, every)
+        if run.val_fraction is None or not (same or unchanged):
+            return replace(every, name=WHOLE)
+        if _class_names(root) != tuple(classes):
+            raise RecipeError(_other_classes(root, _class_names(root), classes))
+        if source is not None and not unchanged:
+            raise RecipeError(
+                f"--data {root} is not what it was in training: images have come, gone or changed, "
+                "so that its split would be another; put them back, or give --data a folder of "
+                "other images"
+            )
+        train, test = _subsets(*_split(every, run.seed, test_size=run.val_fraction), run)
+    return replace(train if split == "train" else test, name=split)
+
+
+def _load_folder(
+    root: Path, split: str, there: Sequence[str], run: Run, classes: Sequence[str]
+) -> Split:
+    """One of the folders train, val and test, cut down as in training."""
+    if split not in there:
+        raise RecipeError(
+            f"--data {root} has no folder {split}; --split may be {' or '.join(there)}"
+        )
+    found = _scan(root / split, run, classes)
+    # Where there are val and test, the training left test alone.
+    tested = "val" if "val" in there else "test"
+    part = {"train": "train_size", tested: "test_size"}.get(split)
+    size = getattr(run, part) if part else None
+    if part is None or size is None or size == len(found):
+        return replace(found, name=split)
+    note = f"{size} of {len(found)} images, the same as in training: {_option(part)} {size}"
+    kept = _subset(found, size, run.seed, part)
+    return replace(kept, name=split, notes=(*found.notes, note))
 
 
 def spoil_labels(split: Split, share: float, classes: int, seed: int) -> Split:
@@ -141,10 +204,31 @@ def _digits(run: Run) -> Images:
     return Images(tuple(str(name) for name in raw.target_names), train, test)
 
 
-def _folder(run: Run) -> Images:
+def _root(run: Run) -> Path:
     root = Path(run.data)
     if not root.is_dir():
         raise RecipeError(f"--data {root} is not a folder (nor {DIGITS!r})")
+    return root
+
+
+def _place(data: str) -> str:
+    """Where images are, however the path is written."""
+    return data if data == DIGITS else str(Path(data).resolve())
+
+
+def _digest(root: Path, *splits: Split) -> str:
+    """Tells apart folders whose splits may differ."""
+    lines = [
+        f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0{label}"
+        for split in splits
+        for path, label in zip(split.images, split.labels.tolist(), strict=True)
+        if isinstance(path, Path)
+    ]
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _folder(run: Run) -> Images:
+    root = _root(run)
     if not (root / "train").is_dir():
         classes = _class_names(root)
         for name in classes:
@@ -164,9 +248,10 @@ def _folder(run: Run) -> Images:
             raise RecipeError(
                 f"--data {root} has no folder train: give --val-fraction to split its classes"
             )
-        every, notes = _scan(root, run, classes)
+        every = _scan(root, run, classes)
         train, test = _split(every, run.seed, test_size=run.val_fraction)
-        return Images(classes, train, test, notes)
+        source = Source(_place(run.data), _digest(root, every))
+        return Images(classes, train, test, every.notes, source)
     if run.val_fraction is not None:
         raise RecipeError(f"--data {root} is split already: --val-fraction can't be given")
     held_out = [name for name in ("val", "test") if (root / name).is_dir()]
@@ -176,11 +261,13 @@ def _folder(run: Run) -> Images:
             f"--data {root / 'train'} --val-fraction 0.2"
         )
     classes = _class_names(root / "train")
-    train, notes = _scan(root / "train", run, classes)
-    test, test_notes = _scan(root / held_out[0], run, classes)
+    train = _scan(root / "train", run, classes)
+    test = _scan(root / held_out[0], run, classes)
+    notes = train.notes
     if len(held_out) == 2:
         notes += ("tested on val; test is left for `resnet-reg evaluate --split test`",)
-    return Images(classes, train, test, notes + test_notes)
+    source = Source(_place(run.data), _digest(root, train, test))
+    return Images(classes, train, test, notes + test.notes, source)
 
 
 # What others call the folders train, val and test.
@@ -197,31 +284,52 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
 
 
-def _images_in(folder: Path) -> Iterator[Path]:
-    """The images in a folder and those inside it."""
+def _visible(folder: Path) -> Iterator[Path]:
+    """What is in a folder and those inside it, but for what is hidden."""
     return (
         path
         for path in folder.rglob("*")
-        if _is_image(path) and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
+def _images_in(folder: Path) -> Iterator[Path]:
+    """The images in a folder and those inside it."""
+    return filter(_is_image, _visible(folder))
+
+
+def _ignored(folder: Path, taken: Set[Path]) -> str:
+    """How many files are not taken for images, by the end of their names; "" for none."""
+    files = [path for path in _visible(folder) if path not in taken and path.is_file()]
+    if not files:
+        return ""
+    ends = Counter(path.suffix.lower() or "without a suffix" for path in files)
+    listed = ", ".join(f"{end} {count}" for end, count in sorted(ends.items()))
+    return f"ignored {len(files)} {'file' if len(files) == 1 else 'files'}: {listed}"
+
+
+def _found(folder: Path) -> tuple[str, ...]:
+    """The names of a folder's class folders."""
     names = tuple(path.name for path in _folders(folder))
     if not names:
-        loose = any(map(_is_image, folder.iterdir()))
-        what = "has images but no folders" if loose else "is empty"
+        if any(map(_is_image, folder.iterdir())):
+            what = "has images but no folders"
+        else:
+            what = "has no folders" if any(_visible(folder)) else "is empty"
         raise RecipeError(f"{folder} {what}: it needs a folder of images for each class")
+    return names
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = _found(folder)
     if len(names) == 1:
         raise RecipeError(f"{folder} has one class only ({names[0]}); at least two are needed")
     return names
 
 
-def _scan(folder: Path, run: Run, classes: Sequence[str]) -> tuple[Split, tuple[str, ...]]:
-    """The readable images of a folder of class folders."""
-    found = tuple(path.name for path in _folders(folder))
-    if not found:
-        raise RecipeError(f"{folder} is empty: it needs a folder of images for each class")
+def _scan(folder: Path, run: Run, classes: Sequence[str]) -> Split:
+    """The images of a folder of class folders that can be used."""
+    found = _found(folder)
     if unknown := sorted(set(found) - set(classes)):
         raise RecipeError(_other_classes(folder, found, classes, unknown[0]))
     paths = [
@@ -240,13 +348,20 @@ def _scan(folder: Path, run: Run, classes: Sequence[str]) -> tuple[Split, tuple[
             f"can't read image {bad[0][0]}: {bad[0][1]}{others}; --corrupt skip leaves such out"
         )
     good = [item for item, fault in zip(paths, faults, strict=True) if not fault]
+    taken = {path for path, _ in paths}
     present = {label for _, label in good}
     for label, name in enumerate(classes):
         if name in found and label not in present:
-            raise RecipeError(f"{folder / name} has no image that can be used")
+            ignored = _ignored(folder / name, taken)
+            why = f"; {ignored} (images end in {', '.join(IMG_EXTENSIONS)})" if ignored else ""
+            raise RecipeError(f"{folder / name} has no image that can be used{why}")
     labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-    notes = tuple(f"skipped {path}: {fault}" for path, fault in bad)
-    return Split([path for path, _ in good], labels), notes
+    notes = [f"skipped {path}: {fault}" for path, fault in bad]
+    if ignored := _ignored(folder, taken):
+        notes.append(f"{folder}: {ignored}")
+    if missing := [name for name in classes if name not in found]:
+        notes.append(f"{folder} has no images of {', '.join(missing)}")
+    return Split([path for path, _ in good], labels, notes=tuple(notes))
 
 
 def _other_classes(
@@ -257,11 +372,15 @@ def _other_classes(
 
 
 def _fault(path: Path) -> str:
+    """Why an image can't be used; "" if it can."""
     try:
         with Image.open(path) as image:
             image.load()
+            mode = image.mode
     except Exception as error:  # Pillow's decoders raise many kinds
         return " ".join(str(error).split()) or type(error).__name__
+    if mode.startswith(("I", "F")):  # 16 and 32 bits: Pillow's conversion would clip them to white
+        return f"its pixels have more than 8 bits (Pillow's mode {mode}); convert it to 8 bits"
     return ""
 
 
@@ -269,33 +388,71 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def _subsets(train: Split, test: Split, run: Run) -> tuple[Split, Split]:
+    return (
+        _subset(train, run.train_size, run.seed, "train_size"),
+        _subset(test, run.test_size, run.seed, "test_size"),
+    )
+
+
 def _subset(split: Split, size: int | None, seed: int, part: str) -> Split:
+    """Draws one part, class by class."""
     if size is None or size == len(split):
         return split
     if size > len(split):
         raise RecipeError(f"{_option(part)} {size} is more than the {len(split)} images there are")
-    first, second = _split(split, seed, **{part: size})
+    try:
+        first, second = _draw(split, seed, **{part: size})
+    except ValueError:  # scikit-learn wants one of each class in what is left over too
+        if size < len(set(split.labels.tolist())):
+            why = "each class needs one image"
+            raise RecipeError(_unsplittable(split, {part: size}, why)) from None
+        return split.take(_stratified(split.labels, size, seed))
     return first if part == "train_size" else second
+
+
+def _stratified(labels: Tensor, size: int, seed: int) -> list[int]:
+    """Rows: one of each class, and the others in proportion, by largest remainders."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = [order[labels[order] == label].tolist() for label in sorted(set(labels.tolist()))]
+    to_share, left = size - len(by_class), len(labels) - len(by_class)
+    shares = [divmod(to_share * (len(rows) - 1), left) for rows in by_class]
+    counts = [1 + whole for whole, _ in shares]
+    largest = sorted(range(len(shares)), key=lambda i: shares[i][1], reverse=True)
+    for i in largest[: size - sum(counts)]:
+        counts[i] += 1
+    return sorted(row for rows, count in zip(by_class, counts, strict=True) for row in rows[:count])
 
 
 def _split(split: Split, seed: int, **sizes: Any) -> tuple[Split, Split]:
     """Draws two parts, class by class."""
-    counts = Counter(split.labels.tolist())
     try:
-        first, second = train_test_split(
-            range(len(split)), stratify=split.labels.numpy(), random_state=seed, **sizes
-        )
+        return _draw(split, seed, **sizes)
     except ValueError:
-        asked = " and ".join(
-            f"{_option('val_fraction' if isinstance(value, float) else name)} {value}"
-            for name, value in sizes.items()
+        why = (
+            "each class needs two images, each part one of each class, and both together no more "
+            "than there are"
         )
-        raise RecipeError(
-            f"can't split {len(split)} images of {len(counts)} classes, {min(counts.values())} to "
-            f"{max(counts.values())} of each, with {asked}: each class needs two images, each part "
-            "one of each class, and both together no more than there are"
-        ) from None
+        raise RecipeError(_unsplittable(split, sizes, why)) from None
+
+
+def _draw(split: Split, seed: int, **sizes: Any) -> tuple[Split, Split]:
+    first, second = train_test_split(
+        range(len(split)), stratify=split.labels.numpy(), random_state=seed, **sizes
+    )
     return split.take(first), split.take(second)
+
+
+def _unsplittable(split: Split, sizes: Mapping[str, Any], why: str) -> str:
+    counts = Counter(split.labels.tolist()).values()
+    asked = " and ".join(
+        f"{_option('val_fraction' if isinstance(value, float) else name)} {value}"
+        for name, value in sizes.items()
+    )
+    return (
+        f"can't split {len(split)} images of {len(counts)} classes, {min(counts)} to {max(counts)} "
+        f"of each, with {asked}: {why}"
+    )
 
 
 def transform(image_size: int, augment: str) -> Callable[[Any], Tensor]:
@@ -336,6 +493,9 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draw)
             return self.transform(image), label
+
+
+_PRIME = 1_000_003
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -382,7 +542,9 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
             self.epoch, self.start = epoch, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        # Of a seed torch takes 32 bits; a prime keeps the seeds' epochs apart.
+        seed = (_PRIME * self.seed + self.epoch) % 2**32
+        generator = torch.Generator().manual_seed(seed)
         rows = torch.randperm(self.count, generator=generator).tolist()
         draws = torch.randint(2**62, (self.count,), generator=generator).tolist()
         keys = list(zip(rows, draws, strict=True))

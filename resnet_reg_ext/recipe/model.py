@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchvision.models import ResNet50_Weights, resnet50
 
 from .. import ProxSGD, Sparsity, TargetSparsity, param_groups, sparsity
+from .data import Source
 from .files import RecipeError
 from .settings import STAGES, Run
 
@@ -28,11 +29,12 @@ class Classifier(pl.LightningModule):
     Args:
         run: the hyperparameters.
         classes: class names, in the order of the labels.
+        source: the files that it is trained on, where they are files.
     """
 
-    def __init__(self, run: Run, classes: Sequence[str]) -> None:
+    def __init__(self, run: Run, classes: Sequence[str], source: Source | None = None) -> None:
         super().__init__()
-        self.run, self.classes = run, tuple(classes)
+        self.run, self.classes, self.source = run, tuple(classes), source
         torch.manual_seed(run.seed)
         # Residual branches that start at zero: from scratch it learns in tens of steps.
         self.model = resnet50(num_classes=len(classes), zero_init_residual=True)
@@ -121,6 +123,8 @@ class Classifier(pl.LightningModule):
         """Adds what ``load_classifier`` needs."""
         checkpoint["run"] = asdict(self.run)
         checkpoint["classes"] = list(self.classes)
+        if self.source is not None:
+            checkpoint["source"] = asdict(self.source)
 
 
 def freeze(model: nn.Module, stage: str) -> list[nn.Module]:
@@ -214,8 +218,13 @@ def read_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise RecipeError(f"can't read {path}: {error.strerror or error}") from None
+    except pickle.UnpicklingError:  # torch's text advises an option of its own
+        raise RecipeError(
+            f"{path} holds no weights that can be read: it is no checkpoint or state dict, or has "
+            "objects in it that could run code"
+        ) from None
     # Each format and each kind of damage has an error of its own.
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise RecipeError(f"{path} holds no weights: {_first_line(error)}") from None
     except Exception as error:  # safetensors' own class derives from Exception alone
         raise RecipeError(f"{path} holds no weights: {_first_line(error)}") from None
@@ -257,6 +266,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def source_of(checkpoint: Mapping[str, Any]) -> Source | None:
+    """The files that a checkpoint was trained on, where it tells."""
+    return Source(**checkpoint["source"]) if "source" in checkpoint else None
+
+
 def load_classifier(path: Path) -> Classifier:
     """The trained model of a checkpoint, ready for evaluation.
 
@@ -264,7 +278,7 @@ def load_classifier(path: Path) -> Classifier:
         RecipeError: the file is no checkpoint, or its model has another architecture.
     """
     checkpoint = load_checkpoint(path)
-    classifier = Classifier(Run(**checkpoint["run"]), checkpoint["classes"])
+    classifier = Classifier(Run(**checkpoint["run"]), checkpoint["classes"], source_of(checkpoint))
     own, state = classifier.state_dict(), checkpoint["state_dict"]
     for name in sorted(set(own) ^ set(state)):
         raise RecipeError(f"{path} is not a ResNet-50's: {name} is missing or unknown")

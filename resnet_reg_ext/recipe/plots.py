@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from .files import aside
@@ -17,12 +20,14 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart by colour-blind readers too, and dark enough on white.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vP*X"
+MOST_IN_A_KEY = 40  # classes
 Results = Mapping[str, Sequence["Result"]]
 
 
 def _save(figure: Any, path: Path, title: str, subtitle: str) -> Path:
     # The layout keeps room for a figure's title, not for free text.
-    figure.suptitle(f"{title}\n{subtitle}", fontsize=10)
+    figure.suptitle(f"{title}\n{subtitle}", fontsize=10, wrap=True, **_as_it_is(subtitle))
     with aside(path) as temporary:
         figure.savefig(temporary, dpi=96, format="png", pil_kwargs={"optimize": True})
     return path
@@ -32,31 +37,58 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _as_it_is(*texts: str) -> dict[str, Any]:
+    """Options for a user's texts: no dollar sign begins a formula, each letter has its glyph."""
+    families = ["sans-serif"]
+    lacking = {ord(letter) for text in texts for letter in text if letter.isprintable()}
+    lacking -= _letters(findfont(FontProperties(family=families)))
+    for font in fontManager.ttflist if lacking else ():
+        upright = font.style == "normal" and font.weight in (400, 500)
+        # matplotlib's last resort has a box for each letter.
+        if upright and not font.name.startswith("Last Resort") and lacking & _letters(font.fname):
+            families.append(font.name)
+            lacking -= _letters(font.fname)
+    return {"parse_math": False, "family": families}
+
+
+@cache
+def _letters(file: str) -> frozenset[int]:
+    """Code points that a font has glyphs for."""
+    return frozenset(get_font(file).get_charmap())
+
+
+def _nested(count: int) -> list[dict[str, Any]]:
+    """Options for lines in the order drawn: each narrower than the last, so that none is hidden."""
+    return [
+        {
+            "color": colour,
+            "marker": marker,
+            "linewidth": 1 + 0.8 * left,
+            "markersize": 4 + 2.5 * left,
+        }
+        for left, colour, marker in zip(reversed(range(count)), COLOURS, MARKERS, strict=False)
+    ]
+
+
 def training_curves(results: Results, path: Path, subtitle: str) -> Path:
     """Accuracy and loss over the epochs, the mean over seeds with their range shaded."""
     figure = _figure(10, 4.4)
     for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
         drawn: list[float] = []
-        for (name, runs), colour in zip(results.items(), COLOURS, strict=False):
+        for (name, runs), look in zip(results.items(), _nested(len(results)), strict=True):
             length = min(len(r.history) for r in runs)
             epochs = [row["epoch"] for row in runs[0].history[:length]]
-            for split, style, face in (("train", "o--", "white"), ("test", "o-", colour)):
+            for split, style, face in (("train", "--", "white"), ("test", "-", look["color"])):
                 points = [[r.history[i][f"{split}_{metric}"] for r in runs] for i in range(length)]
                 label = name if split == "test" else None
                 line = [mean(p) for p in points]
-                axes.plot(
-                    epochs,
-                    line,
-                    style,
-                    color=colour,
-                    markerfacecolor=face,
-                    label=label,
-                    markersize=4,
-                )
+                axes.plot(epochs, line, linestyle=style, markerfacecolor=face, label=label, **look)
                 drawn += line
                 if len(runs) > 1 and split == "test":
                     low, high = [min(p) for p in points], [max(p) for p in points]
-                    axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
+                    axes.fill_between(
+                        epochs, low, high, color=look["color"], alpha=0.12, linewidth=0
+                    )
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -104,9 +136,9 @@ def sparsity_by_layer(zeros: Mapping[str, Mapping[str, float]], path: Path, subt
     figure = _figure(10, 4.4)
     axes = figure.subplots()
     layers = list(next(iter(zeros.values())))
-    for (name, shares), colour, marker in zip(zeros.items(), COLOURS, "osD^vP*X", strict=False):
+    for (name, shares), look in zip(zeros.items(), _nested(len(zeros)), strict=True):
         line = [100 * shares[layer] for layer in layers]
-        axes.plot(line, marker=marker, color=colour, label=name, markersize=4, linewidth=1)
+        axes.plot(line, markerfacecolor="white", label=name, **look)
     # One label a stage, at its middle; all 54 names would not be legible.
     stages = [layer.split(".")[0] for layer in layers]
     starts = [i for i, stage in enumerate(stages) if i == 0 or stage != stages[i - 1]]
@@ -141,8 +173,11 @@ def confusion(
     side = max(3.4, min(9.0, 1.6 + 0.34 * count))
     figure = _figure(max(5.6, side * columns + 0.8), side * rows + 0.7)
     grid = figure.subplots(rows, columns, squeeze=False)
-    # Digits for every class as long as they can be read.
-    step = max(1, count // 30)
+    # A label for every class as long as they can be read.
+    ticks = range(0, count, max(1, count // 30))
+    names = [_short(classes[i]) for i in ticks]
+    rotation = 90 if any(len(name) > 3 for name in names) else 0
+    literal = _as_it_is(*names)
     image = None
     for axes, (name, matrix) in zip(grid.flat, matrices.items(), strict=False):
         shares = [[n / max(1, sum(row)) for n in row] for row in matrix]
@@ -153,11 +188,8 @@ def confusion(
                     if n:
                         colour = "white" if shares[i][j] > 0.5 else "black"
                         axes.text(j, i, n, ha="center", va="center", color=colour, fontsize=7)
-        ticks = range(0, count, step)
-        names = [_short(classes[i]) for i in ticks]
-        long = any(len(n) > 3 for n in names)
-        axes.set_xticks(ticks, names, rotation=90 if long else 0, fontsize=8)
-        axes.set_yticks(ticks, names, fontsize=8)
+        axes.set_xticks(ticks, names, rotation=rotation, fontsize=8, **literal)
+        axes.set_yticks(ticks, names, fontsize=8, **literal)
         axes.set(xlabel="predicted", ylabel="true", title=name)
     for axes in list(grid.flat)[len(matrices) :]:
         axes.set_visible(False)
@@ -172,24 +204,36 @@ def features(
     path: Path,
     subtitle: str,
 ) -> Path:
-    """The features of the last pooling layer in two dimensions, coloured by true class."""
-    from matplotlib import colormaps
-
+    """The features of the last pooling layer in two dimensions, by true class."""
     figure = _figure(10.5, 4.6)
-    palette = colormaps["tab10" if len(classes) <= 10 else "turbo"]
+    # Ten colours are told apart; a marker's shape then tells the tens.
+    looks: list[dict[str, Any]] = [
+        {"color": f"C{label % 10}", "marker": MARKERS[label // 10 % len(MARKERS)]}
+        for label in range(len(classes))
+    ]
     for axes, (method, points) in zip(figure.subplots(1, 2), projections.items(), strict=True):
-        for label, name in enumerate(classes):
+        for label, look in enumerate(looks):
             chosen = [i for i, other in enumerate(labels) if other == label]
-            colour = palette(label if len(classes) <= 10 else label / (len(classes) - 1))
-            axes.scatter(
-                points[chosen, 0], points[chosen, 1], s=12, color=colour, label=name, alpha=0.75
-            )
+            axes.scatter(points[chosen, 0], points[chosen, 1], s=12, alpha=0.75, **look)
         axes.set(title=method, xlabel="first dimension", ylabel="second dimension")
         axes.set_xticks([])
         axes.set_yticks([])
-    if len(classes) <= 20:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-    return _save(figure, path, "Features of the last pooling layer, by true class", subtitle)
+    title = "Features of the last pooling layer, by true class"
+    if len(classes) > MOST_IN_A_KEY:
+        title += f" ({len(classes)} classes, too many for a key)"
+    else:
+        names = [_short(name, 25) for name in classes]
+        key = figure.legend(
+            [Line2D([], [], linestyle="", markersize=4, **look) for look in looks],
+            list(map(str, range(len(names)))),  # older matplotlib leaves out what begins with _
+            loc="outside right center",
+            ncols=-(-len(classes) // 20),
+            fontsize=8,
+        )
+        literal = _as_it_is(*names)
+        for text, name in zip(key.get_texts(), names, strict=True):
+            text.set(text=name, **literal)
+    return _save(figure, path, title, subtitle)
 
 
 def path(results: Results, l1s: Sequence[float], path: Path, subtitle: str) -> Path:

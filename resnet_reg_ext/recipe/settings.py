@@ -59,9 +59,17 @@ class Run:
 
 
 def in_range(
-    kind: Callable[[str], float], low: float, high: float = math.inf, *, below: bool = False
+    kind: Callable[[str], float],
+    low: float,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
 ) -> Callable[[str], Any]:
-    """A type for argparse: a number in [low, high], or in [low, high) with ``below``."""
+    """A type for argparse: a number in [low, high]; ``above`` and ``below`` leave the ends out."""
+    limits = f"{'above' if above else 'at least'} {low}"
+    if not math.isinf(high):
+        limits += f" and {'below' if below else 'at most'} {high}"
 
     def parse(text: str) -> float:
         try:
@@ -69,10 +77,9 @@ def in_range(
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
-        if not low <= number <= high or (below and number == high) or math.isinf(number):
-            limit = f"{high:g}"
-            upper = "" if math.isinf(high) else f" and {'below' if below else 'at most'} {limit}"
-            raise argparse.ArgumentTypeError(f"must be at least {low:g}{upper}, got {text}")
+        outside = not low <= number <= high or math.isinf(number)
+        if outside or (above and number == low) or (below and number == high):
+            raise argparse.ArgumentTypeError(f"must be {limits}, got {text}")
         return number
 
     return parse
@@ -113,7 +120,7 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Run, *, l1: bool 
         data,
         "val_fraction",
         "share of the images to test on, drawn class by class",
-        type=in_range(float, 0, 1, below=True),
+        type=in_range(float, 0, 1, above=True, below=True),
     )
     add(data, "train_size", "train on as many images, drawn class by class", type=count)
     add(data, "test_size", "test on as many images, drawn class by class", type=count)

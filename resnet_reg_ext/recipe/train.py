@@ -16,20 +16,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from .. import __version__
-from .callbacks import Checkpoints, History, Progress, StopOnSignal, WholeFiles
+from .callbacks import Checkpoints, History, Patience, Progress, StopOnSignal, WholeFiles
 from .data import ImageData, Images, Split, evaluation_loader, load_images
 from .files import RecipeError, prepare_folder, write_text
-from .model import Classifier, load_checkpoint, load_weights, regularised
+from .model import Classifier, load_checkpoint, load_weights, regularised, source_of
 from .settings import DIGITS, OPTIONS_FILES, Run, save_options
 
 # Momentum doubles a full checkpoint; the next one is written beside it before the rename.
 FULL_CHECKPOINT, WEIGHTS = 190_000_000, 95_000_000
+LAYER4_STRIDE = 32  # so many pixels of the image are one in a ResNet-50's last stage
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,23 @@ class Result:
 
     def save(self, folder: Path) -> None:
         """Writes ``result.json``."""
-        write_text(folder / "result.json", json.dumps(asdict(self), indent=1) + "\n")
+        write_text(folder / "result.json", to_json(asdict(self), indent=1))
 
     @classmethod
     def load(cls, folder: Path) -> Result:
         """Reads ``result.json``."""
         content = json.loads((folder / "result.json").read_text())
-        return cls(**{**content, "run": Run(**content["run"])})
+        history = [
+            {name: math.nan if value is None else value for name, value in row.items()}
+            for row in content["history"]
+        ]
+        return cls(**{**content, "run": Run(**content["run"]), "history": history})
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """A JSON file's text. JSON knows neither NaN nor infinity: null stands for them."""
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return json.dumps(content, indent=indent) + "\n"
 
 
 def train(
@@ -110,7 +121,7 @@ def train(
     if not resume and held and is_first_process():
         raise RecipeError(f"--out {out} holds a run already: give another, or --resume {out}")
     images = load_images(run)
-    classifier = Classifier(run, images.classes)
+    classifier = Classifier(run, images.classes, images.source)
     if resume:
         _check_resumable(last, images)
         weights = f"resumed from {last}"
@@ -127,7 +138,7 @@ def train(
     history = History()
     ours: list[Callback] = [history, Checkpoints(out, best=keep_best)]
     if run.early_stopping:
-        ours.append(EarlyStopping("test_loss", patience=run.early_stopping))
+        ours.append(Patience(run.early_stopping))
     # Last: what it saves has then been counted, what the bar shows has been saved.
     ours += [*callbacks, StopOnSignal(last), Progress(name)]
     trainer = pl.Trainer(
@@ -291,6 +302,13 @@ def _check_machine(run: Run) -> None:
         raise RecipeError(
             f"--batch-size {run.batch_size} can't be shared evenly by {processes} processes"
         )
+    one_value = run.image_size <= LAYER4_STRIDE and run.freeze != "layer4"
+    if run.batch_size // processes < 2 and one_value:
+        raise RecipeError(
+            f"--batch-size {run.batch_size} leaves one image to each of {processes} processes, and "
+            f"--image-size {run.image_size} one pixel of it to the last batch norms, which need "
+            f"two: give at least {2 * processes} images or {LAYER4_STRIDE + 1} pixels"
+        )
     gpus = torch.cuda.device_count()
     if run.accelerator == "gpu" and gpus < run.devices:
         raise RecipeError(f"--accelerator gpu: {run.devices} wanted, torch finds {gpus}")
@@ -304,6 +322,12 @@ def _check_resumable(last: Path, images: Images) -> None:
         raise RecipeError(
             f"{last} has the classes {', '.join(checkpoint['classes'])}, but the data "
             f"{', '.join(images.classes)}"
+        )
+    before, now = source_of(checkpoint), images.source
+    if before and now and before.digest != now.digest:
+        raise RecipeError(
+            f"--data {now.folder} is not what {last} was trained on: images have come, gone or "
+            "changed; put them back, or train anew with another --out"
         )
 
 
