@@ -192,6 +192,7 @@ def test_evaluate_refuses_what_is_no_checkpoint_of_these_classes(trained, tmp_pa
 def test_compare_prints_a_verdict_and_writes_its_plots(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     options = [*TINY, "--train-size", "20", "--epochs", "1", "--l1", "1e-2"]
+    options += ["--weight-decay", "2e-3"]
     assert cli.main(["compare", *options, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "This is one seed" in said
@@ -201,6 +202,14 @@ def test_compare_prints_a_verdict_and_writes_its_plots(tmp_path, capsys):
         assert f"{out / name}.png" in said
     told = json.loads((out / "compare.json").read_text())["runs"]
     assert list(told) == ["none", "L2", "L1", "elastic net"]
+    # They differ in regularisation alone.
+    shared = told["none"][0]["run"]
+    assert {name: run["run"] for name, (run,) in told.items()} == {
+        "none": {**shared, "l1": 0, "weight_decay": 0},
+        "L2": {**shared, "l1": 0, "weight_decay": 2e-3},
+        "L1": {**shared, "l1": 1e-2, "weight_decay": 0},
+        "elastic net": {**shared, "l1": 1e-2, "weight_decay": 2e-3},
+    }
     for name, (run,) in told.items():
         # Of 23 million random weights a few may be 0 by chance.
         assert (run["history"][-1]["zeros"] > 1e-5) == (name in ("L1", "elastic net"))
@@ -281,19 +290,25 @@ def test_a_run_killed_before_its_first_checkpoint_can_begin_again(way, tmp_path,
     assert "holds a run already" in refused(again, capsys)
 
 
-def test_a_path_starts_each_strength_from_the_one_before(tmp_path, capsys):
+@pytest.mark.parametrize("cold", [False, True], ids=["warm", "cold"])
+def test_a_path_starts_each_strength_from_the_one_before_unless_cold(cold, tmp_path, capsys):
     out = tmp_path / "path"
     # With a learning rate of 0 the weights stay: all are the first one's, head and all.
     options = [*TINY, "--train-size", "20", "--epochs", "1", "--lr", "0", "--l1", "0", "1e-3"]
+    options += ["--cold"] * cold
     assert cli.main(["path", *options, "--out", str(out)]) == 0
-    assert "with its class head" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ("with its class head" in said) == (not cold)
+    assert ("each trained alone" in said) == cold
     first, second = (
         torch.load(out / "seed0" / name / "last.ckpt", weights_only=True)["state_dict"]
         for name in ("l1-0", "l1-0.001")
     )
     assert torch.equal(first["model.fc.weight"], second["model.fc.weight"])
-    # Batch norm's statistics went on from the first run's.
-    assert second["model.bn1.num_batches_tracked"] == 2 * first["model.bn1.num_batches_tracked"]
+    # Batch norm's statistics went on from the first run's, or began anew.
+    batches = [state["model.bn1.num_batches_tracked"] for state in (first, second)]
+    assert batches == ([2, 2] if cold else [2, 4])
+    assert yaml.safe_load((out / "path.yaml").read_text())["cold"] is cold
     assert (out / "path.png").read_bytes().startswith(PNG)
 
 
@@ -462,12 +477,13 @@ def test_a_verdict_of_one_seed_weighs_the_test_images():
 
 def test_a_verdict_of_three_seeds_weighs_the_spread():
     base = {"none": [result(1.0, a) for a in (0.70, 0.75, 0.80)]}
-    # Differences of 0.01, 0.02, 0.03: mean 0.02, standard deviation 0.01, t(2) = 4.303.
-    (seen,) = compare.verdicts({**base, "L1": [result(1.0, a) for a in (0.71, 0.77, 0.83)]})
-    assert "no difference seen (+0.020, within ±0.025)" in seen
-    # Paired, differences that are alike are seen though the seeds differ more.
-    (seen,) = compare.verdicts({**base, "L1": [result(1.0, a) for a in (0.72, 0.77, 0.821)]})
-    assert "test accuracy: higher (+0.020 ± 0.001)" in seen
+    # Differences of 0.05, 0.04, 0.09: mean 0.06, standard deviation 0.0265, t(2) = 4.303.
+    (seen,) = compare.verdicts({**base, "L1": [result(1.0, a) for a in (0.75, 0.79, 0.89)]})
+    assert "no difference seen (+0.060, within ±0.066)" in seen
+    # Paired, differences that are alike are seen though the seeds differ more; what 1,200 images
+    # leave open stays: 2 sqrt((0.75 * 0.25 + 0.80 * 0.20) / 1200) = 0.034.
+    (seen,) = compare.verdicts({**base, "L1": [result(1.0, a) for a in (0.75, 0.80, 0.851)]})
+    assert "test accuracy: higher (+0.050 ± 0.034)" in seen
     assert "gap: smaller" in seen
 
 

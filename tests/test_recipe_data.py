@@ -1,11 +1,23 @@
 """The recipe's images: splits, wrong labels, order, and what is refused."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
-from resnet_reg_ext.recipe.data import EpochBatches, ImageDataset, load_images, load_split
+from resnet_reg_ext.recipe.data import (
+    EpochBatches,
+    ImageDataset,
+    default_split,
+    evaluation_loader,
+    load_images,
+    load_split,
+    spoil_labels,
+)
 from resnet_reg_ext.recipe.files import RecipeError
 from resnet_reg_ext.recipe.settings import Run
 
@@ -59,6 +71,46 @@ def test_label_noise_changes_as_many_labels_as_asked_and_no_test_label():
     assert clean.train.wrong == 0
 
 
+def test_wrong_labels_follow_the_seed_of_the_run(tmp_path):
+    """Where nothing is split, the seed decides the wrong labels alone."""
+    for split in ("train", "val"):
+        make_images(tmp_path / split, list("abcde"), count=10)
+    clean = load_images(run_for(tmp_path)).train
+    first, again, other = (
+        load_images(run_for(tmp_path, label_noise=0.4, seed=seed)).train for seed in (1, 1, 2)
+    )
+    assert first.images == other.images == clean.images
+    assert torch.equal(first.labels, again.labels)
+    assert not torch.equal(first.labels, other.labels)
+    # Other images are chosen, not other classes for the same ones only.
+    assert not torch.equal(first.labels != clean.labels, other.labels != clean.labels)
+    # Each wrong class is drawn for one image or another, and the right one for none.
+    offsets = (spoil_labels(clean, 1.0, 5, seed=1).labels - clean.labels) % 5
+    assert set(offsets.tolist()) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_to_evaluate_on_are_true(split, tmp_path):
+    make_images(tmp_path, ["a", "b"], count=20)
+    for run, names in (
+        (Run(label_noise=0.5), [str(digit) for digit in range(10)]),
+        (run_for(tmp_path, val_fraction=0.5, label_noise=0.5), ["a", "b"]),
+    ):
+        truth = load_images(replace(run, label_noise=0.0))
+        assert not torch.equal(load_images(run).train.labels, truth.train.labels)
+        found = load_split(run, split, names)
+        assert torch.equal(found.labels, getattr(truth, split).labels)
+        assert found.wrong == 0
+
+
+def test_digits_reach_from_black_to_white():
+    images = load_images(Run(train_size=700, test_size=700))
+    levels = torch.unique(torch.stack([*images.train.images, *images.test.images]))
+    # scikit-learn's are whole numbers from 0 to 16.
+    assert sorted(set(load_digits().images.ravel())) == list(range(17))
+    assert levels.tolist() == [255 * level // 16 for level in range(17)]
+
+
 def test_a_split_folder_is_read_as_it_is(tmp_path):
     make_images(tmp_path / "train", ["cat", "dog"])
     make_images(tmp_path / "val", ["dog"], count=3)
@@ -67,9 +119,32 @@ def test_a_split_folder_is_read_as_it_is(tmp_path):
     assert len(images.train) == 12
     # A class of the training that the test lacks is no fault, and the labels stay the training's.
     assert images.test.labels.tolist() == [1, 1, 1]
+
+
+def test_val_is_tested_on_and_test_is_left_for_evaluate(tmp_path):
+    run = run_for(tmp_path)
+    make_images(tmp_path / "train", ["cat", "dog"])
+    make_images(tmp_path / "val", ["cat", "dog"], count=3)
+    assert default_split(run) == "val"
+    assert not load_images(run).notes
     make_images(tmp_path / "test", ["cat", "dog"], count=2)
-    assert "tested on val" in load_images(run_for(tmp_path)).notes[0]
-    assert len(load_split(run_for(tmp_path), "test", ["cat", "dog"])) == 4
+    assert default_split(run) == "test"
+    images = load_images(run)
+    assert "tested on val; test is left" in images.notes[0]
+    assert {path.parent.parent for path in images.train.images} == {tmp_path / "train"}
+    assert {path.parent.parent for path in images.test.images} == {tmp_path / "val"}
+    for split, count in (("train", 12), ("val", 6), ("test", 4)):
+        found = load_split(run, split, ["cat", "dog"])
+        assert len(found) == count
+        assert {path.parent.parent for path in found.images} == {tmp_path / split}
+
+
+def test_test_is_tested_on_where_there_is_no_val(tmp_path):
+    for split in ("train", "test"):
+        make_images(tmp_path / split, ["cat", "dog"])
+    run = run_for(tmp_path)
+    assert default_split(run) == "test"
+    assert {path.parent.parent for path in load_images(run).test.images} == {tmp_path / "test"}
 
 
 def test_one_folder_is_split_by_a_fraction(tmp_path):
@@ -105,6 +180,31 @@ def test_augmentation_depends_on_the_draw_alone(augment):
     assert torch.equal(dataset[0, 7][0], first)
     assert torch.equal(torch.get_rng_state(), before)
     assert any(not torch.equal(dataset[0, draw][0], first) for draw in range(5))
+
+
+@pytest.mark.parametrize("augment", ["shift", "standard"])
+def test_evaluation_shows_each_image_once_in_order_and_as_it_is(augment):
+    run = Run(augment=augment, train_size=30)
+    split = load_images(run).train
+    batches = list(evaluation_loader(split, run))
+    plain = ImageDataset(split, run.image_size, "none")
+    shown = torch.cat([images for images, _ in batches])
+    assert torch.equal(shown, torch.stack([plain[row, 0][0] for row in range(30)]))
+    assert torch.equal(torch.cat([labels for _, labels in batches]), split.labels)
+
+
+def test_batches_are_shuffled_by_the_seed():
+    first, again, other = (
+        [key for batch in EpochBatches(60, 4, seed=seed) for key in batch] for seed in (1, 1, 2)
+    )
+    assert first == again
+    rows, other_rows = [row for row, _ in first], [row for row, _ in other]
+    assert sorted(rows) == sorted(other_rows) == list(range(60))
+    assert len({tuple(rows), tuple(other_rows), tuple(range(60))}) == 3
+    # Neighbours in a folder, which are of one class, are seldom so in an epoch.
+    assert sum(abs(a - b) == 1 for a, b in pairwise(rows)) < 15
+    # Each image is augmented in a way of its own, and in another with another seed.
+    assert len({draw for _, draw in first} | {draw for _, draw in other}) == 120
 
 
 def test_an_epoch_goes_on_where_it_was_left():
