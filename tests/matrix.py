@@ -38,6 +38,9 @@ LEFT_OUT = (
     "tests/test_readme.py",
     "tests/test_recipe.py",
     "tests/test_recipe_data.py",
+    "tests/test_recipe_input.py",
+    "tests/test_recipe_runs.py",
+    "tests/test_recipe_training.py",
 )
 # FSDP2 doesn't run on a CPU there.
 WITHOUT_FSDP = ("2.5.1", "2.6.0")
