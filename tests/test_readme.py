@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import t as student
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,3 +69,24 @@ def test_the_comparison_is_that_of_the_committed_runs() -> None:
             (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} | "))
             share = row.split("|")[-2].split()[0]
             assert share == (f"{zeros:.1f}" if zeros > 1 else "0")
+
+
+def test_what_is_said_of_the_seeds_that_nothing_was_tuned_on() -> None:
+    """From the runs' own results: paired differences, Student's t."""
+    runs = json.loads((ROOT / "docs" / "results" / "digits" / "compare.json").read_text())["runs"]
+    text = (ROOT / "docs" / "recipe.md").read_text().replace("\n", " ")
+
+    def last(name: str, metric: str) -> list[float]:
+        ends = [run["history"][-1] for run in runs[name][1:]]
+        if metric == "gap":
+            return [end["train_accuracy"] - end["test_accuracy"] for end in ends]
+        return [end[metric] for end in ends]
+
+    for name in ("L1", "elastic net"):
+        for metric, sign in (("test_accuracy", "+"), ("gap", "\N{MINUS SIGN}")):
+            pairs = zip(last(name, metric), last("none", metric), strict=True)
+            differences = [a - b for a, b in pairs]
+            mean = statistics.mean(differences)
+            margin = student.ppf(0.975, 3) * statistics.stdev(differences) / 2
+            assert abs(mean) > margin
+            assert f"{sign}{abs(mean):.3f} ± {margin:.3f}" in text
