@@ -330,8 +330,8 @@ struct Varying {
 
 // Sets what depends on them: float64 in the order of the formulas, then one rounding to C.
 //
-// On a GPU nobody has seen them before. A schedule that ends at 0 may end a rounding below it, where
-// a step would take every weight off zero: below 0 counts as 0.
+// On a GPU nobody has seen them before. A schedule that ends at 0 may end a rounding below it,
+// where a step would take every weight off zero: below 0 counts as 0.
 template <typename C>
 PROX_SGD_HD void set(Coefficients<C>& c, const Varying& v) {
   const double lr = v.lr < 0.0 ? 0.0 : v.lr;

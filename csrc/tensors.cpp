@@ -373,10 +373,10 @@ void TensorReader::Block::look_at_types() {
   }
 }
 
-// DLPack doesn't tell of lazy negation. Of gradients alone it is asked: each question takes 60 ns, and
-// a parameter or state has been looked at when it came (ProxSGD's constructor, load_state_dict).
-// Were it swapped for a lazily negated view later, that view would hardly get here: views of complex
-// numbers, the public way to one, aren't dense unless they have one element.
+// DLPack doesn't tell of lazy negation. Of gradients alone it is asked: each question takes 60 ns,
+// and a parameter or state has been looked at when it came (ProxSGD's constructor,
+// load_state_dict). Were it swapped for a lazily negated view later, that view would hardly get
+// here: views of complex numbers, the public way to one, aren't dense unless they have one element.
 void TensorReader::Block::look_for_negation() {
   for (Py_ssize_t i = 0; i < size_; ++i) {
     if (reasons_[i] != Unfit::fit) continue;

@@ -1,6 +1,7 @@
 // Prints a hash of what the CPU kernel makes of pseudo-random tensors of every kind under 128
 // option sets, and of the zeros that it counts. Built for two architectures, it must print the same
-// twice: see `make test-aarch64`. Fails if threads treat subnormals in another way than their caller.
+// twice: see `make test-aarch64`. Fails if threads treat subnormals in another way than their
+// caller.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
