@@ -59,8 +59,8 @@ MUTANTS = [
     Mutant(
         "naive threshold lr * l1",
         MATH,
-        "mul_(v.lr, mul_(v.l1, v.gain))",
-        "mul_(v.lr, v.l1)",
+        "mul_(lr, mul_(l1, v.gain))",
+        "mul_(lr, l1)",
         "bytes",
     ),
     Mutant(
