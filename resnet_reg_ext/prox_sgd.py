@@ -605,29 +605,25 @@ def _restore_dtypes(
             state[key] = saved[key].to(param.device, dtype, copy=True)
 
 
-class _Stamp(NamedTuple):
-    """What changes where a parameter does."""
+_Stamp = tuple[int, int, torch.UntypedStorage]
 
-    version: int
-    address: int
-    storage: torch.UntypedStorage
-    """Held, as the address of one that is gone may be another's."""
 
-    @classmethod
-    def of(cls, param: Tensor) -> _Stamp | None:
-        """The stamp of a parameter; None for one that doesn't tell."""
-        if param.is_inference():
-            return None
-        return cls(param._version, param.data_ptr(), param.untyped_storage())
+def _stamp(param: Tensor) -> _Stamp | None:
+    """What changes where a parameter does; None for one that doesn't tell.
 
-    def is_of(self, param: Tensor) -> bool:
-        """Whether the parameter is as it was."""
-        now = _Stamp.of(param)
-        return (
-            now is not None
-            and now.storage is self.storage
-            and (now.version, now.address) == (self.version, self.address)
-        )
+    The storage is held, as the address of one that is gone may be another's.
+    """
+    try:
+        return param._version, param.data_ptr(), param.untyped_storage()
+    except RuntimeError:  # an inference tensor has no version
+        return None
+
+
+def _is_as_stamped(param: Tensor, stamp: _Stamp | None) -> bool:
+    now = _stamp(param)
+    if now is None or stamp is None:
+        return False
+    return now[:2] == stamp[:2] and now[2] is stamp[2]
 
 
 class _Counted(NamedTuple):
@@ -639,7 +635,7 @@ class _Counted(NamedTuple):
     stamps: tuple[_Stamp | None, ...] = ()
 
     def with_stamps(self) -> _Counted:
-        return self._replace(stamps=tuple(map(_Stamp.of, self.params)))
+        return self._replace(stamps=tuple(map(_stamp, self.params)))
 
     def unchanged(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters that are as the step left them, with their zeros."""
@@ -648,7 +644,7 @@ class _Counted(NamedTuple):
         return [
             (p, zeros)
             for p, zeros, stamp in zip(self.params, self.zeros, self.stamps, strict=True)
-            if stamp is not None and stamp.is_of(p)
+            if _is_as_stamped(p, stamp)
         ]
 
 
