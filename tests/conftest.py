@@ -49,6 +49,15 @@ def runtime():
     _native.use_exchange_api(exchange_api)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread for torch in a whole file, where small steps would wait for the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_terminal_summary(terminalreporter):
     """How many of the bugs planted in the CUDA kernels and their plan were caught."""
     reports = {

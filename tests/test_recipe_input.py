@@ -23,15 +23,9 @@ from resnet_reg_ext.recipe.model import Classifier, load_classifier, load_weight
 from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = ("cat", "dog")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def said(function, *arguments, **options):

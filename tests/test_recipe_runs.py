@@ -23,6 +23,8 @@ from resnet_reg_ext.recipe.files import RecipeError
 from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import Result, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # One step an epoch.
 SHORT = Run(
     data="digits",
@@ -34,14 +36,6 @@ SHORT = Run(
     evaluate_every=2,
     accelerator="cpu",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Signal(Callback):

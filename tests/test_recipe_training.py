@@ -27,6 +27,8 @@ from resnet_reg_ext.recipe.model import Classifier
 from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import be_quiet, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = 16
 CLASSES = ("dark", "light")
 DARK, LIGHT = 70, 180
@@ -40,14 +42,6 @@ TONES = {
 }
 # The loss of float32 logits against that of float64 ones.
 CLOSE = {"rel": 1e-3, "abs": 1e-6}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
