@@ -203,6 +203,8 @@ def machine(device: str) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The sources' commit, with "-dirty" if they have changed since; None for an installed copy."""
+    if not (ROOT / ".git").exists():  # git would find the repository that the copy lies in
+        return None
     command = ["git", "describe", "--always", "--abbrev=9", "--exclude=*", "--dirty"]
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -142,3 +142,8 @@ def test_a_package_without_its_native_module_says_what_is_missing(tmp_path: Path
     assert result.stderr.startswith("resnet-reg bench: what is measured is the native step, but")
     assert "native module" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_installed_copy_has_no_commit() -> None:
+    """Though it may lie in a repository, as the tests' environment does in this one."""
+    assert measure.machine("cpu")["commit"] is None
