@@ -26,24 +26,17 @@ IN_TWO := -n 2 --dist loadfile
 test: .venv/.ready test-older test-python-reader test-sanitize
 	$(BOTH_CORES) $(BIN)/pytest $(IN_TWO)
 
-# The same wheel, unchanged, on another torch. What needs torchvision or other people's programs,
-# compiles or trains a network is left to `test`.
-NATIVE_TESTS := tests --ignore=tests/ptx --ignore-glob='*test_ptx*' --ignore=tests/test_build.py \
-	--ignore-glob='*test_recipe*' --ignore=tests/test_cuda.py --ignore=tests/test_gpu_check.py \
-	--ignore=tests/test_readme.py --ignore=tests/test_bench.py --ignore=tests/test_instructions.py \
-	--ignore-glob='*test_integrations*' \
-	--ignore=tests/test_compile.py \
-	--deselect=tests/test_schedules.py::test_the_asked_share_of_zeros_is_reached_and_held_on_digits
+# The same wheel, unchanged, on another torch: what depends on torch and doesn't need the programs
+# of .venv (torchvision, Lightning, ...).
+ANY_TORCH := tests/core tests/ecosystem tests/packaging -m "not one_torch"
 
 test-older: .venv-older/.ready
-	$(BOTH_CORES) $(OLD)/pytest -q $(IN_TWO) $(NATIVE_TESTS)
+	$(BOTH_CORES) $(OLD)/pytest -q $(IN_TWO) $(ANY_TORCH)
 
-# The slower way to read tensors, that of a torch without DLPack's C exchange API: the tests of what
-# is read and how.
+# The slower way to read tensors, that of a torch without DLPack's C exchange API.
 test-python-reader: .venv/.ready
 	$(BOTH_CORES) RESNET_REG_EXT_TEST_NO_EXCHANGE_API=1 \
-		$(BIN)/pytest -q $(IN_TWO) $(addprefix tests/test_,$(addsuffix .py,$(READER_TESTS)))
-READER_TESTS := checkpoints functional layouts precision prox_sgd refusals sparsity threads_and_simd
+		$(BIN)/pytest -q $(IN_TWO) tests/core -m reads_tensors
 
 # The CPU core built with AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitized
@@ -54,15 +47,14 @@ test-sanitize: .venv/.ready
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc $(BOTH_CORES) \
-		$(BIN)/pytest -q -p no:cacheprovider -n 2 $(SANITIZED_TESTS)
-SANITIZED_TESTS := tests/test_prox_sgd.py tests/test_layouts.py tests/test_threads_and_simd.py
+		$(BIN)/pytest -q -p no:cacheprovider -n 2 tests/core -m sanitized
 
 # One wheel on every torch that is supported, from the oldest to the newest; downloads some 15 GB.
 test-matrix: $(WHEEL)
-	$(PYTHON) tests/matrix.py build/wheel/*.whl
+	$(PYTHON) tests/packaging/matrix.py build/wheel/*.whl
 
 # The CPU kernel for aarch64, under emulation: needs g++-aarch64-linux-gnu and qemu-user.
-AARCH64_SOURCES := tests/aarch64_bits.cpp csrc/cpu/kernel.cpp csrc/cpu/plan.cpp csrc/cpu/prox_sgd.cpp
+AARCH64_SOURCES := tests/core/aarch64_bits.cpp csrc/cpu/kernel.cpp csrc/cpu/plan.cpp csrc/cpu/prox_sgd.cpp
 AARCH64_FLAGS := -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math \
 	-fopenmp -DPROX_SGD_SIMD=baseline
 test-aarch64:
@@ -76,7 +68,7 @@ test-aarch64:
 
 # On a machine with an NVIDIA GPU: its tests, compute-sanitizer and benchmarks, in one report file.
 gpu-check: .venv/.ready
-	$(BIN)/python tests/gpu_check.py
+	$(BIN)/python tests/cuda/gpu_check.py
 
 bench: .venv/.ready-bench
 	$(BIN)/python -m bench.run

@@ -47,7 +47,7 @@ update_each(const Coefficients<typename T::Compute>& c, typename T::Param* __res
     if (V::kMode != Momentum::none) momentum[i] = store<typename T::Momentum>(m);
     if constexpr (T::has_master) weight[i] = store<typename T::Weight>(p);
     // Never held as a local struct, nor a bool added: GCC would leave 16-bit loops scalar, which is
-    // nine times slower (tests/instructions.py).
+    // nine times slower (tests/gates/instructions.py).
     param[i] = store<typename T::Param>(p);
     if constexpr (V::kCounts) zeros += is_zero(param[i]) ? 1 : 0;
   }

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 from ptx import compiler
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_CUDA = {"RESNET_REG_EXT_CUDA": "0"}
 
 # Runs on a Python that has no torch: the module itself must load, and plan and describe itself.
 SMOKE = """
 import glob, importlib.util, sys
+
+pytestmark = pytest.mark.one_torch
 (path,) = glob.glob(sys.argv[1] + "/resnet_reg_ext/_C*.so")
 spec = importlib.util.spec_from_file_location("_C", path)
 module = importlib.util.module_from_spec(spec)

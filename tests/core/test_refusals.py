@@ -11,6 +11,8 @@ from torch import nn
 from resnet_reg_ext import ProxSGD, functional
 from resnet_reg_ext.functional import prox_sgd_
 
+pytestmark = pytest.mark.reads_tensors
+
 BAD_OPTIONS = [
     ("lr", -0.1, "must be finite and not negative"),
     ("lr", math.nan, "must be finite and not negative"),

@@ -14,7 +14,9 @@ import pytest
 import torch
 from scipy.stats import t as student
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.one_torch
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_table_is_generated_from_the_committed_json() -> None:

@@ -1,6 +1,6 @@
 """Runs one wheel on every torch version that is supported and writes docs/torch-matrix.md.
 
-    python tests/matrix.py WHEEL [--only VERSION ...] [--environments FOLDER]
+    python tests/packaging/matrix.py WHEEL [--only VERSION ...] [--environments FOLDER]
 
 Each version gets a virtual environment of its own (some gigabytes each), in a temporary folder or,
 to be used again, in FOLDER.
@@ -19,32 +19,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("2.5.1", "2.6.0", "2.13.0", "2.14.1", "2.15.0")
 NEEDS = ("numpy", "scipy", "scikit-learn", "pytest", "hypothesis")
-# What doesn't depend on torch, needs a GPU, or needs torchvision or other people's programs, which
-# come with a torch of their own.
-LEFT_OUT = (
-    "tests/ptx",
-    "tests/test_bench.py",
-    "tests/test_build.py",
-    "tests/test_cuda.py",
-    "tests/test_gpu_check.py",
-    "tests/test_instructions.py",
-    "tests/test_integrations.py",
-    "tests/test_ptx_compiled.py",
-    "tests/test_ptx_kernels.py",
-    "tests/test_ptx_mutations.py",
-    "tests/test_readme.py",
-    "tests/test_recipe.py",
-    "tests/test_recipe_data.py",
-    "tests/test_recipe_input.py",
-    "tests/test_recipe_runs.py",
-    "tests/test_recipe_training.py",
-)
+# Leaves out what doesn't depend on torch, needs a GPU, or needs torchvision or other people's
+# programs, which come with a torch of their own.
+SELECTED = ("tests/core", "tests/ecosystem", "tests/packaging", "-m", "not one_torch")
 # FSDP2 doesn't run on a CPU there.
 WITHOUT_FSDP = ("2.5.1", "2.6.0")
-FSDP = "tests/test_distributed_dtensor.py"
+FSDP = "tests/ecosystem/test_distributed_dtensor.py"
 
 
 def run_on(version: str, wheel: Path, folder: Path) -> str:
@@ -57,11 +40,10 @@ def run_on(version: str, wheel: Path, folder: Path) -> str:
     install = (f"torch=={version}", *NEEDS), ("--no-deps", "--force-reinstall", str(wheel))
     for arguments in install:
         subprocess.run([python, *quiet, *arguments], check=True, env=environment)
-    left_out = [*LEFT_OUT, FSDP] if version in WITHOUT_FSDP else LEFT_OUT
-    ignored = [f"--ignore={name}" for name in left_out]
+    ignored = [f"--ignore={FSDP}"] if version in WITHOUT_FSDP else []
     result = subprocess.run(
         # Not by -m, which would put the source tree before what is installed.
-        [str(folder / version / "bin" / "pytest"), "-q", "tests", *ignored],
+        [str(folder / version / "bin" / "pytest"), "-q", *SELECTED, *ignored],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -100,10 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "| --- | --- |",
         *rows,
         "",
-        "The suite but for what needs a GPU, torchvision or other people's programs, which bring a "
-        "torch of their own, and what doesn't depend on torch: "
-        f"{', '.join(f'`{name}`' for name in LEFT_OUT)}. `{FSDP}` is left out on "
-        f"{' and '.join(WITHOUT_FSDP)}, where FSDP2 doesn't run on a CPU.",
+        f"`pytest {' '.join(SELECTED[:-1])} '{SELECTED[-1]}'`: not what needs a GPU, torchvision or "
+        "other people's programs, which bring a torch of their own, and what doesn't depend on "
+        f"torch. `{FSDP}` is left out on {' and '.join(WITHOUT_FSDP)}, where FSDP2 doesn't run on a "
+        "CPU.",
         "",
     ]
     (ROOT / "docs").mkdir(exist_ok=True)

@@ -11,6 +11,8 @@ from torch import nn
 
 from resnet_reg_ext import ProxSGD
 
+pytestmark = pytest.mark.reads_tensors
+
 FUSED = pytest.mark.parametrize("fused", [None, True, False])
 SHAPES = [(5, 3), (), (7,), (0,), (2, 3, 3, 3)]
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.02}

@@ -17,6 +17,8 @@ from reference import assert_same, values
 from resnet_reg_ext import ProxSGD, _native
 from resnet_reg_ext.functional import prox_sgd_
 
+pytestmark = [pytest.mark.reads_tensors, pytest.mark.sanitized]
+
 CHUNK = 32768
 TRAJECTORIES = (
     {"momentum": 0.0, "dampening": 0.3, "nesterov": False},  # has no effect, as in SGD

@@ -446,6 +446,7 @@ def train_on_digits(digits, target, l1):
     return shares, optimizer, hits.float().mean().item()
 
 
+@pytest.mark.one_torch
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("target", "l1"), [(0.5, 1e-4), (0.8, 1e-6), (0.95, 1e-4)], ids=["0.5", "0.8", "0.95"]

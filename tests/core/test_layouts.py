@@ -16,6 +16,8 @@ from torch import nn
 from resnet_reg_ext import ProxSGD, _native, functional
 from resnet_reg_ext.functional import prox_sgd_
 
+pytestmark = [pytest.mark.reads_tensors, pytest.mark.sanitized]
+
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.02, "l1": 0.01}
 SHAPE = (4, 3, 2, 5)
 

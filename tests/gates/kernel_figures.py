@@ -1,6 +1,6 @@
 """What the CUDA kernels take: registers, and launches and parameter bytes for ResNet-50.
 
-``python tests/kernel_figures.py`` writes bench/results/kernels.json, which the suite holds the
+``python tests/gates/kernel_figures.py`` writes bench/results/kernels.json, which the suite holds the
 kernels to. Registers are ptxas's, so they belong to a release of it.
 """
 
@@ -15,7 +15,7 @@ import cuda_harness as harness
 import ptx
 from ptx.compiler import version
 
-FIGURES = Path(__file__).resolve().parent.parent / "bench" / "results" / "kernels.json"
+FIGURES = Path(__file__).resolve().parents[2] / "bench" / "results" / "kernels.json"
 SHIPPED = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 

@@ -14,6 +14,8 @@ from reference import assert_same
 
 from resnet_reg_ext import L1Scheduler, ProxSGD, sparsity
 
+pytestmark = pytest.mark.reads_tensors
+
 ACTIVITIES = [torch.profiler.ProfilerActivity.CPU]
 BACKENDS = pytest.mark.parametrize("fused", [True, False])
 

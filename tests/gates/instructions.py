@@ -1,6 +1,6 @@
 """Counts the instructions of the native step on a small input and compares with committed figures.
 
-``python tests/instructions.py`` fails where a figure is exceeded by more than 3 %; ``--update``
+``python tests/gates/instructions.py`` fails where a figure is exceeded by more than 3 %; ``--update``
 records new ones. Counts are the same on a busy machine and on a quiet one, but belong to a
 compiler: with another one nothing is compared. Needs valgrind.
 
@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 from resnet_reg_ext import _native
 
-FIGURES = Path(__file__).resolve().parent.parent / "bench" / "results" / "instructions.json"
+FIGURES = Path(__file__).resolve().parents[2] / "bench" / "results" / "instructions.json"
 SLACK = 0.03
-COMMAND = "python tests/instructions.py --update"
+COMMAND = "python tests/gates/instructions.py --update"
 STEPS = 3
 FLOAT16, FLOAT32, FLOAT64, BFLOAT16 = (2, 16), (2, 32), (2, 64), (4, 16)
 

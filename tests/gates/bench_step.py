@@ -1,4 +1,4 @@
-"""The step under pytest-benchmark: ``pytest tests/bench_step.py --benchmark-only``.
+"""The step under pytest-benchmark: ``pytest tests/gates/bench_step.py --benchmark-only``.
 
 The rows of ``bench.run``, without its interleaving: good for watching one of them, while ratios
 are better taken from ``bench.run``.

@@ -1,9 +1,9 @@
 """Checks a machine's GPU and writes one report to attach to an issue.
 
-Runs tests/test_cuda.py (compute-sanitizer included, where installed) and the GPU benchmarks. On a
+Runs tests/cuda/test_cuda.py (compute-sanitizer included, where installed) and the GPU benchmarks. On a
 machine without a GPU it says so in the same report and exits with 1.
 
-    python tests/gpu_check.py [--out FILE] [--no-benchmarks]
+    python tests/cuda/gpu_check.py [--out FILE] [--no-benchmarks]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def section(title: str, command: Sequence[str]) -> tuple[str, int]:
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = [
         ("Build", [*python, "-m", "resnet_reg_ext.cli", "info"]),
         ("GPU", ["nvidia-smi"]),
-        ("Tests", [sys.executable, "-m", "pytest", "-ra", "tests/test_cuda.py"]),
+        ("Tests", [sys.executable, "-m", "pytest", "-ra", "tests/cuda/test_cuda.py"]),
     ]
     if gpu and not options.no_benchmarks:
         parts.append(("Benchmarks", [sys.executable, "-m", "bench.run", "--device", "cuda"]))

@@ -14,7 +14,7 @@ import numpy as np
 import ptx
 import reference
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-lineinfo")  # test_ptx_kernels checks: the build's
 UNITS_PER_BLOCK = 1024
 

@@ -9,6 +9,8 @@ from torch.optim.lr_scheduler import LinearLR
 
 from resnet_reg_ext import L1Scheduler, ProxSGD, Sparsity, param_groups, sparsity
 
+pytestmark = pytest.mark.reads_tensors
+
 
 def model_with_zeros():
     model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))

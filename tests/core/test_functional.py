@@ -13,6 +13,8 @@ from reference import assert_same, values
 
 from resnet_reg_ext.functional import elastic_net_prox, prox_sgd_, soft_threshold
 
+pytestmark = pytest.mark.reads_tensors
+
 SOME = [-3.0, -0.75, -0.5, -0.25, -0.0, 0.0, 0.25, 0.5, 0.75, 3.0]
 FLOATS = {
     "float32": torch.float32,

@@ -13,6 +13,8 @@ from reference import assert_same
 from resnet_reg_ext import ProxSGD, _native
 from resnet_reg_ext.functional import prox_sgd_
 
+pytestmark = [pytest.mark.reads_tensors, pytest.mark.sanitized]
+
 CHUNK = 32768
 # Chunks inside a tensor, chunks of many tensors, and tensors that cross a chunk's end.
 SIZES = [
