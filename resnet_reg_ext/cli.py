@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
-from . import __version__, _native
+from . import __version__
+from .backends import native
 
 _RECIPE = {
     "train": "train one ResNet-50",
@@ -28,13 +29,13 @@ def info() -> str:
         ("Python", platform.python_version()),
         ("torch", torch.__version__),
     ]
-    if not _native.available():
-        rows.append(("native module", f"no: {_native.missing}"))
+    if not native.available():
+        rows.append(("native module", f"no: {native.missing}"))
         rows.append(("steps run in", "pure PyTorch"))
         return _table(rows)
-    core = _native._C
+    core = native._C
     build = core.build_info()
-    reads = "C exchange API" if _native._reader.has_exchange_api else "Python (torch before 2.13)"
+    reads = "C exchange API" if native.has_exchange_api() else "Python (torch before 2.13)"
     levels = core.simd_levels()
     rows += [
         ("native module", f"{build['version']}, {build['compiler']}"),
@@ -54,7 +55,7 @@ def info() -> str:
     rows.append(("steps on a CPU", f"native, {core.simd_level()}"))
     if build["cuda_toolkit"] and driver:
         for index in range(torch.cuda.device_count()):
-            why = _native.why_cuda_unusable(index)
+            why = native.why_cuda_unusable(index)
             rows.append((f"steps on cuda:{index}", f"pure PyTorch: {why}" if why else "native"))
     return _table(rows)
 

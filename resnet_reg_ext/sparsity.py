@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _distributed
-from .functional import count_zeros
+from .backends import dtensor
+from .backends.pure import count_zeros
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
         tracked: Any = getattr(source, "_zeros_known", None)
         known: dict[Tensor, Tensor] = {} if tracked is None else tracked()
         counts = [
-            known[p] if p in known else count_zeros(_distributed.countable(p.detach()))
+            known[p] if p in known else count_zeros(dtensor.countable(p.detach()))
             for _, p, *_ in named
         ]
-        counts = _distributed.summed(counts, [p for _, p, *_ in named])
+        counts = dtensor.summed(counts, [p for _, p, *_ in named])
         zeros = _to_host(counts)
     return Sparsity(
         tuple(

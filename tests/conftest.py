@@ -11,7 +11,7 @@ import instructions
 import pytest
 import torch
 
-from resnet_reg_ext import _native
+from resnet_reg_ext.backends import native
 
 # The same examples at every run: a failure is then a change's, not chance's.
 hypothesis.settings.register_profile(
@@ -24,16 +24,16 @@ NO_EXCHANGE_API = "RESNET_REG_EXT_TEST_NO_EXCHANGE_API"
 
 def pytest_configure(config):
     if os.environ.get(NO_EXCHANGE_API) == "1":
-        _native.use_exchange_api(False)
+        native.use_exchange_api(False)
 
 
 def pytest_report_header(config):
-    if not _native.available():
-        return f"native module: none ({_native.missing})"
+    if not native.available():
+        return f"native module: none ({native.missing})"
     why_not = instructions.why_not()
     return [
-        f"torch {torch.__version__}, native module with SIMD level {_native._C.simd_level()}, "
-        f"exchange API: {_native._reader.has_exchange_api}",
+        f"torch {torch.__version__}, native module with SIMD level {native._C.simd_level()}, "
+        f"exchange API: {native.has_exchange_api()}",
         f"instruction counts: {f'not compared, {why_not}' if why_not else 'compared'}",
     ]
 
@@ -41,12 +41,12 @@ def pytest_report_header(config):
 @pytest.fixture
 def runtime():
     """Puts thread count, SIMD level and the way of reading tensors back after a test."""
-    threads, level = torch.get_num_threads(), _native._C.simd_level()
-    exchange_api = _native._reader.has_exchange_api
+    threads, level = torch.get_num_threads(), native._C.simd_level()
+    exchange_api = native.has_exchange_api()
     yield
     torch.set_num_threads(threads)
-    _native._C.set_simd_level(level)
-    _native.use_exchange_api(exchange_api)
+    native._C.set_simd_level(level)
+    native.use_exchange_api(exchange_api)
 
 
 @pytest.fixture(scope="module")

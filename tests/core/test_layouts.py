@@ -13,7 +13,8 @@ import torch
 from reference import assert_same
 from torch import nn
 
-from resnet_reg_ext import ProxSGD, _native, functional
+from resnet_reg_ext import ProxSGD
+from resnet_reg_ext.backends import native
 from resnet_reg_ext.functional import prox_sgd_
 
 pytestmark = [pytest.mark.reads_tensors, pytest.mark.sanitized]
@@ -478,13 +479,13 @@ def test_an_empty_tensor_takes_no_place_wherever_it_is():
     def on_cuda(tensor):
         return (0, 2, 0, 2, 32, (0, 3), (3, 1))
 
-    reader = _native._C.TensorReader(
+    reader = native._C.TensorReader(
         None, on_cuda, lambda device: 0, lambda tensor: False, Tensor, Tensor
     )
     reading = reader.read([Tensor()], [Tensor()], None, None, 0)
     assert reading.misfits == []
     h = functional.Hyperparameters(0.1, 0.0, 0.0, 0.0, 0.0, False, False, False, False)
-    _native._C.prox_sgd_(reader, reading, *h, False, 1, {})
+    native._C.prox_sgd_(reader, reading, *h, False, 1, {})
 
 
 @pytest.mark.parametrize("at", ["memory", "negation"])
@@ -502,7 +503,7 @@ def test_ctrl_c_while_tensors_are_read_is_not_lost(at):
         describe, is_neg = interrupted, lambda tensor: False
     else:
         describe, is_neg = plain, interrupted
-    reader = _native._C.TensorReader(None, describe, None, is_neg, Tensor, Tensor)
+    reader = native._C.TensorReader(None, describe, None, is_neg, Tensor, Tensor)
     with pytest.raises(KeyboardInterrupt):
         reader.read([Tensor()], [Tensor()], None, None, 0)
 
@@ -510,7 +511,7 @@ def test_ctrl_c_while_tensors_are_read_is_not_lost(at):
 def test_a_reading_keeps_its_tensors_alive():
     params, grads = [torch.ones(3)], [torch.ones(3)]
     alive = weakref.ref(grads[0])
-    reading = _native.read(params, grads, None, None, None)
+    reading = native.read(params, grads, None, None, None)
     del grads
     assert alive() is not None
     del reading
@@ -522,7 +523,7 @@ def test_an_exchange_api_that_is_none_of_torchs_is_not_used(found):
     script = (
         f"import torch; torch.Tensor.__dlpack_c_exchange_api__ = {found}\n"
         "import resnet_reg_ext as r\n"
-        "assert not r._native._reader.has_exchange_api\n"
+        "assert not r.backends.native.has_exchange_api()\n"
         "w = torch.nn.Parameter(torch.tensor([1.0, 0.05])); w.grad = torch.zeros(2)\n"
         "r.ProxSGD([w], lr=1.0, momentum=0.0, weight_decay=0.0, l1=0.5, fused=True).step()\n"
         "assert w.tolist() == [0.5, 0.0], w\n"

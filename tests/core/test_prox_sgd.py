@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from reference import assert_same, values
 
-from resnet_reg_ext import ProxSGD, _native
+from resnet_reg_ext import ProxSGD
+from resnet_reg_ext.backends import native
 from resnet_reg_ext.functional import prox_sgd_
 
 pytestmark = [pytest.mark.reads_tensors, pytest.mark.sanitized]
@@ -718,7 +719,7 @@ def test_gradient_scaler_skips_what_overflowed(fused):
 
 
 def test_the_native_module_is_there():
-    assert _native.available()
+    assert native.available()
 
 
 def test_reference_fma_is_exact():

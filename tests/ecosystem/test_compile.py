@@ -1,13 +1,16 @@
-"""The step inside torch.compile: the same bits as outside, and no recompiling for new options.
+"""The step inside torch.compile: the same bits as outside, and no recompiling for a tensor lr.
 
 ``aot_eager`` takes the way of functionalisation, which a mutating operator must stand; inductor,
 slower to compile, is tried once.
 """
 
+import copy
 import gc
+import json
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -58,7 +61,7 @@ def assert_same_run(ours, expected, message=""):
     for (model, optimizer), (other, theirs) in [(ours, expected)]:
         for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
             assert_same(p, q, f"{message} {name}")
-            assert optimizer.state[p].keys() == theirs.state.get(q, {}).keys()
+            assert optimizer.state.get(p, {}).keys() == theirs.state.get(q, {}).keys()
             for key, value in theirs.state.get(q, {}).items():
                 assert_same(optimizer.state[p][key], value, f"{message} {name} {key}")
 
@@ -113,12 +116,12 @@ def test_master_weights_and_other_types(dtype):
 
 
 def test_inductor():
-    ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2))
+    ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=torch.tensor(0.05), l1=1e-2))
     step = compiled(ours[1].step, backend="inductor")
     for number in range(4):
         for model, optimizer in (ours, expected):
             backward(model, number)
-            optimizer.param_groups[0]["lr"] = 0.05 / (number + 1)
+            optimizer.param_groups[0]["lr"].fill_(0.05 / (number + 1))
         step()
         expected[1].step()
         assert_same_run(ours, expected, f"step {number}")
@@ -127,23 +130,20 @@ def test_inductor():
 
 # Schedulers wrap `step` in what can't be compiled, so it is compiled before they are there.
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["float", "tensor"])
-def test_nothing_is_compiled_anew_over_100_learning_rates(lr):
-    """OneCycleLR changes momentum too, at every step; l1 and weight decay are changed by hand."""
-
+def test_nothing_is_compiled_anew_over_100_values_of_a_tensor_lr_and_l1():
     def make(model):
-        groups = param_groups(model, l1=1e-2, weight_decay=1e-3)
-        return ProxSGD(groups, lr=lr.clone() if isinstance(lr, torch.Tensor) else lr)
+        return ProxSGD(param_groups(model, l1=torch.tensor(1e-2)), lr=torch.tensor(0.05))
 
     ours, expected = pair(make)
     step = compiled(ours[1].step)
-    schedules = [OneCycleLR(o, 0.1, total_steps=110) for _, o in (ours, expected)]
+    schedules = [
+        OneCycleLR(o, 0.1, total_steps=110, cycle_momentum=False) for _, o in (ours, expected)
+    ]
     seen = set()
     for number in range(105):
         for (model, optimizer), schedule in zip((ours, expected), schedules, strict=True):
             backward(model, number % 7)
-            optimizer.param_groups[0]["l1"] = 1e-2 / (1 + number)
-            optimizer.param_groups[0]["weight_decay"] = 1e-3 * number
+            optimizer.param_groups[0]["l1"].fill_(1e-2 / (1 + number))
             seen.add(float(optimizer.param_groups[0]["lr"]))
             step() if optimizer is ours[1] else optimizer.step()
             schedule.step()
@@ -154,6 +154,31 @@ def test_nothing_is_compiled_anew_over_100_learning_rates(lr):
     assert len(seen) > 100
     assert graphs() == warm == 2
     assert not counters["recompiles"]
+
+
+CHANGES = {
+    "lr": lambda o, number: o.param_groups[0].update(lr=0.05 / (1 + number)),
+    "l1 and weight decay": lambda o, number: o.param_groups[0].update(
+        l1=1e-2 / (1 + number), weight_decay=1e-3 * number
+    ),
+    "momentum": lambda o, number: o.param_groups[0].update(momentum=0.1 * number),
+    "frozen zeros": lambda o, number: o.param_groups[0].update(frozen_zeros=number % 2 == 1),
+    "state": lambda o, number: o.state.clear(),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "backend"), [*((change, BACKEND) for change in CHANGES), ("lr", "inductor")]
+)
+def test_what_is_no_tensor_may_change_between_compiled_steps(change, backend):
+    """It compiles anew, as torch.optim.SGD does, or not: never is an old value used."""
+    ours, expected = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, l1=1e-2))
+    step = compiled(ours[1].step, backend=backend)
+    for number in range(5):
+        for _, optimizer in (ours, expected):
+            CHANGES[change](optimizer, number)
+        take_steps(step, ours, expected, [number])
+        assert_same_run(ours, expected, f"step {number}")
 
 
 def test_an_lr_that_the_same_graph_has_changed():
@@ -291,36 +316,40 @@ def test_bad_options_are_refused_when_it_runs_before_anything_changes():
         assert_same(p, q)
 
 
-def test_momentum_that_is_zero_where_the_compiled_step_would_be_the_first():
+def test_a_refused_first_step_leaves_no_state():
     """The new buffers would be left unwritten and taken for momentum later."""
-    model, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=0.05))[0]
+    model, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=-0.0))[0]
     step = compiled(optimizer.step)
     backward(model, 0)
     optimizer.param_groups[0]["lr"] = -1.0
     with pytest.raises(ValueError, match=r"param_groups\[0\]: lr is -1.0"):
         step()
     assert optimizer.state_dict()["state"] == {}
-    optimizer.param_groups[0] |= {"lr": 0.05, "momentum": 0.0}
-    with pytest.raises(RuntimeError, match=r"momentum is 0.0, but was not 0 when the step"):
-        step()
-    assert optimizer.state_dict()["state"] == {}
-    optimizer.step()
-    optimizer.param_groups[0]["momentum"] = 0.9
-    step()
-    for p in model.parameters():  # weight decay is the last step's, on weights that were near
-        buffer = optimizer.state[p]["momentum_buffer"]
-        torch.testing.assert_close(buffer, p.grad, rtol=0, atol=2e-4)
 
 
-def test_master_weights_asked_for_after_compiling():
-    model, optimizer = pair(lambda m: ProxSGD(m.named_parameters(), lr=0.05), torch.bfloat16)[0]
+def test_a_momentum_that_is_a_tensor_and_comes_to_be_zero():
+    """The graph can't be guarded against it: the operator finds out before anything changes."""
+    model, optimizer = pair(lambda m: ProxSGD(m.parameters(), momentum=torch.tensor(0.5)))[0]
     step = compiled(optimizer.step)
     for number in range(2):
         backward(model, number)
         step()
-    optimizer.param_groups[0]["master_weights"] = True
-    with pytest.raises(RuntimeError, match=r"\(0.weight\): master_weights is True, but was not"):
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["momentum"].zero_()
+    with pytest.raises(RuntimeError, match=r"momentum is 0.0, but was not 0 when the step"):
         step()
+    for p, q in zip(model.parameters(), before, strict=True):
+        assert_same(p, q)
+
+
+def test_master_weights_asked_for_after_compiling():
+    ours, expected = pair(lambda m: ProxSGD(m.named_parameters(), lr=0.05), torch.bfloat16)
+    step = compiled(ours[1].step)
+    take_steps(step, ours, expected, range(2))
+    for _, optimizer in (ours, expected):
+        optimizer.param_groups[0]["master_weights"] = True
+    take_steps(step, ours, expected, range(2))
+    assert_same_run(ours, expected)
 
 
 def test_no_state_is_left_where_there_is_none():
@@ -357,41 +386,15 @@ def test_a_closure_and_hooks():
     assert len(called) == 6
 
 
-def test_momentum_that_was_zero_when_compiled():
-    model, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=0.05, momentum=0.0))[0]
-    step = compiled(optimizer.step)
-    backward(model, 0)
-    step()
-    optimizer.param_groups[0]["momentum"] = 0.9
-    with pytest.raises(RuntimeError, match=r"param_groups\[0\]: momentum is 0.9, but was 0 when"):
-        step()
-
-
-def test_state_replaced_behind_the_compiled_code():
-    model, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=0.05))[0]
-    step = compiled(optimizer.step)
-    for number in range(3):
-        backward(model, number)
-        step()
-    optimizer.state.clear()
-    with pytest.raises(RuntimeError, match="state was replaced since the step was compiled"):
-        step()
-
-
 def test_the_optimizer_can_be_collected():
-    """Compiled code knows it by a number alone."""
     model, optimizer = pair(lambda m: ProxSGD(m.parameters(), lr=0.05))[0]
-    step = compiled(optimizer.step)
+    step = compiled(lambda o: o.step())
     backward(model, 0)
-    step()
-    number = optimizer._number
-    del optimizer, step
+    step(optimizer)
+    alive = weakref.ref(optimizer)
+    del optimizer
     gc.collect()
-    ours = list(model.parameters())
-    with pytest.raises(RuntimeError, match="after its optimizer was deleted"):
-        torch.ops.resnet_reg_ext.prox_sgd_step(
-            number, [0], [0], [0], ours[:1], [ours[0].detach()], [], [], [], [], None, None, None
-        )
+    assert alive() is None
 
 
 @pytest.mark.parametrize("fused", [None, True])
@@ -426,33 +429,36 @@ def test_a_real_grad_scaler_around_a_compiled_step(fused):
     assert_same_run(ours, expected)
 
 
-def operands(optimizer, params):
-    return (
-        optimizer._number,
-        [0] * len(params),
-        list(range(len(params))),
-        [1] * len(params),
-        [p.detach().clone() for p in params],
+def test_opcheck():
+    from resnet_reg_ext.backends.op import prox_sgd_step
+
+    plan = {
+        "where": "",
+        "options": {
+            **{"momentum": 0.5, "dampening": 0.0, "weight_decay": 0.1, "l1": 0.01},
+            **{"nesterov": False, "l2_mode": "coupled", "maximize": False, "frozen_zeros": False},
+            **{"fused": None, "capturable": False},
+        },
+        "tensor_options": ["lr"],
+        "buckets": [
+            {"names": ["first", "second"], "first_step": False, "momentum": True, "master": False}
+        ],
+    }
+    params = [torch.ones(3, 2), torch.ones(4)]
+    arguments = (
+        json.dumps([plan]),
+        params,
         [torch.full_like(p, 0.3) for p in params],
         [torch.full_like(p, 0.1) for p in params],
         [],
-        [0],
         [torch.tensor(0.5)],
         None,
         torch.tensor(0.5),
         None,
     )
-
-
-def test_opcheck():
-    params = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(4))]
-    optimizer = ProxSGD(params, lr=torch.tensor(0.1), l1=1e-2)
-    step = compiled(optimizer.step)
-    for p in params:
-        p.grad = torch.ones_like(p)
-    step()  # the operator knows a compiled optimizer only
+    assert isinstance(prox_sgd_step, torch.library.CustomOpDef)
     results = torch.library.opcheck(
-        torch.ops.resnet_reg_ext.prox_sgd_step.default, operands(optimizer, params)
+        torch.ops.resnet_reg_ext.prox_sgd_step.default, copy.deepcopy(arguments)
     )
     assert set(results.values()) == {"SUCCESS"}
 

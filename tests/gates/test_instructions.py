@@ -10,13 +10,13 @@ import json
 
 import instructions
 
-from resnet_reg_ext import _native
+from resnet_reg_ext.backends import native
 
 if not instructions.why_not():
 
     def test_a_step_needs_the_committed_number_of_instructions() -> None:
         committed = json.loads(instructions.FIGURES.read_text())["instructions"]
-        counted = instructions.measure(_native._C.__file__, instructions.CASES)
+        counted = instructions.measure(native._C.__file__, instructions.CASES)
         assert instructions.compare(counted, committed) == []
 
 

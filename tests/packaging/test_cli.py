@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import resnet_reg_ext
-from resnet_reg_ext import _native, cli
+from resnet_reg_ext import cli
+from resnet_reg_ext.backends import native
 
 SCRIPT = pathlib.Path(sysconfig.get_path("scripts")) / "resnet-reg"
 
@@ -24,12 +25,12 @@ def rows(text):
 def test_info_says_what_is_here(capsys):
     assert cli.main(["info"]) == 0
     said = rows(capsys.readouterr().out)
-    build = _native._C.build_info()
+    build = native._C.build_info()
     assert said["resnet_reg_ext"] == resnet_reg_ext.__version__
     assert said["torch"] == torch.__version__
     assert said["Python"] == ".".join(str(n) for n in sys.version_info[:3])
     assert build["version"] in said["native module"]
-    assert said["SIMD level"].startswith(_native._C.simd_level())
+    assert said["SIMD level"].startswith(native._C.simd_level())
     assert said["threads"].startswith(str(torch.get_num_threads()))
     if build["cuda_toolkit"]:
         assert said["CUDA architectures"] == build["cuda_architectures"]
@@ -41,8 +42,8 @@ def test_info_says_what_is_here(capsys):
 
 @pytest.mark.usefixtures("runtime")
 def test_info_tells_the_level_and_reader_in_use(capsys):
-    _native._C.set_simd_level("baseline")
-    _native.use_exchange_api(False)
+    native._C.set_simd_level("baseline")
+    native.use_exchange_api(False)
     cli.main(["info"])
     said = rows(capsys.readouterr().out)
     assert said["SIMD level"].startswith("baseline")

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import resnet_reg_ext
-from resnet_reg_ext import _native
+from resnet_reg_ext.backends import native
 
 HERE = pathlib.Path(__file__).resolve()
-NATIVE = pathlib.Path(_native._C.__file__).resolve()
+NATIVE = pathlib.Path(native._C.__file__).resolve()
 
 
 def needed_libraries(path):
@@ -60,7 +60,7 @@ def test_every_module_is_the_installed_one():
 def test_versions_agree():
     version = importlib.metadata.version("resnet_reg_ext")
     assert resnet_reg_ext.__version__ == version
-    assert _native._C.build_info()["version"] == version
+    assert native._C.build_info()["version"] == version
 
 
 def test_what_is_installed_holds_no_litter():
@@ -113,7 +113,7 @@ print(module.build_info()["version"], module.simd_level())
     assert result.returncode == 0, result.stderr
     version, level = result.stdout.split()
     assert version == resnet_reg_ext.__version__
-    assert level in _native._C.simd_levels()
+    assert level in native._C.simd_levels()
 
 
 def test_public_names():
@@ -141,11 +141,11 @@ def test_a_device_that_cannot_be_used_is_warned_of_once_with_the_reason(monkeypa
     """Asked of a device that there is on no machine, so of one with a GPU too."""
     monkeypatch.setattr(_native, "_warned", set())
     device = torch.device("cuda:99")
-    why = _native.why_cuda_unusable(device.index)
+    why = native.why_cuda_unusable(device.index)
     assert why
     with pytest.warns(UserWarning, match="ProxSGD runs in pure PyTorch on cuda:99") as caught:
-        _native.warn_unusable_cuda(device)
+        native.warn_unusable_cuda(device)
     assert why in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _native.warn_unusable_cuda(device)
+        native.warn_unusable_cuda(device)

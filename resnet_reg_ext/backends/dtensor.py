@@ -1,21 +1,20 @@
-"""DTensors (FSDP2, tensor parallelism): a step works on each process's own part of them.
+"""DTensors (FSDP2, tensor parallelism): each process steps its own shards.
 
-The update is elementwise, so the parts need nothing of each other, as long as parameter, gradient
-and state are divided in the same way.
+The update is elementwise, so shards need no communication, as long as parameter, gradient and state
+have the same placements.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .functional import Bucket
+from .bucket import Bucket
 
 
 def _dtensor_type() -> Any:
@@ -24,7 +23,7 @@ def _dtensor_type() -> Any:
     return None if module is None else module.DTensor
 
 
-def has_dtensors(*lists: list[Tensor]) -> bool:
+def has_dtensors(*lists: Iterable[Tensor]) -> bool:
     """Whether a DTensor is in one of the lists."""
     dtensor = _dtensor_type()
     if dtensor is None:
@@ -33,24 +32,29 @@ def has_dtensors(*lists: list[Tensor]) -> bool:
     return any(issubclass(t, dtensor) for t in types - {Tensor, torch.nn.Parameter})
 
 
-def whole(tensor: Any) -> Any:
+def full_tensor(tensor: Any) -> Any:
     """A DTensor's value as an ordinary tensor, the same in every process; all must take part."""
     dtensor = _dtensor_type()
     return tensor.full_tensor() if dtensor is not None and isinstance(tensor, dtensor) else tensor
 
 
 def countable(tensor: Any) -> Any:
-    """What a process counts of a tensor: of a DTensor its part, or all of what is still a sum."""
+    """The elements that a process counts: a DTensor's shard, or all of a partial sum."""
     dtensor = _dtensor_type()
     if dtensor is None or not isinstance(tensor, dtensor):
         return tensor
-    return whole(tensor) if _has_partial(tensor.placements) else _locals([tensor], dtensor)[0]
+    return (
+        full_tensor(tensor)
+        if _has_partial(tensor.placements)
+        else _local_shards([tensor], dtensor)[0]
+    )
 
 
-def local_bucket(bucket: Bucket, name: Callable[[int], str]) -> Bucket:
-    """A bucket of this process's parts.
+def local_bucket(bucket: Bucket) -> Bucket:
+    """The bucket of this process's shards.
 
-    A gradient divided otherwise than its parameter is redistributed: all processes must take part.
+    A gradient with other placements than its parameter is redistributed: all processes must take
+    part.
 
     Raises:
         ValueError: the gradient or the state of a DTensor can't be divided as the parameter is.
@@ -59,23 +63,18 @@ def local_bucket(bucket: Bucket, name: Callable[[int], str]) -> Bucket:
     grads: list[Any] = list(bucket.grads)
     for key, tensors in (
         ("gradient", grads),
-        ("momentum_buffer", bucket.momenta),
-        ("master_weight", bucket.masters),
+        ("momentum_buffer", bucket.momentum_buffers),
+        ("master_weight", bucket.master_params),
     ):
         for i, (param, operand) in enumerate(zip(bucket.params, tensors or (), strict=False)):
             if not _alike(param, operand, dtensor):
-                _check(param, operand, key, name(i))
+                _check(param, operand, key, bucket.name(i))
                 placements: Any = param.placements  # type: ignore[attr-defined]
                 grads[i] = grads[i].redistribute(placements=placements)
-    return bucket._replace(
-        params=_locals(bucket.params, dtensor),
-        grads=_locals(grads, dtensor),
-        momenta=None if bucket.momenta is None else _locals(bucket.momenta, dtensor),
-        masters=None if bucket.masters is None else _locals(bucket.masters, dtensor),
-    )
+    return bucket.replace(grads=grads).map(lambda tensors: _local_shards(tensors, dtensor))
 
 
-def _locals(tensors: Sequence[Any], dtensor: Any) -> list[Tensor]:
+def _local_shards(tensors: Sequence[Any], dtensor: Any) -> list[Tensor]:
     parts = [t._local_tensor if isinstance(t, dtensor) else t for t in tensors]
     # Where a collective is under way, its result must be waited for.
     return [p if type(p) is Tensor else p.wait() if hasattr(p, "wait") else p for p in parts]
@@ -145,9 +144,9 @@ def _check(param: Any, operand: Any, what: str, name: str) -> None:
 
 
 def summed(counts: Sequence[Tensor], params: Sequence[Any]) -> list[Tensor]:
-    """Counts made on each process's parts, summed over the processes that hold other parts.
+    """Counts of each process's shards, summed over the processes that hold other shards.
 
-    One exchange for all parameters that are divided alike; all processes must take part.
+    One exchange for all parameters with the same placements; all processes must take part.
     """
     dtensor = _dtensor_type()
     result = list(counts)

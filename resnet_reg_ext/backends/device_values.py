@@ -1,0 +1,80 @@
+"""Values that a CUDA kernel reads from device memory, so that the host needn't wait for them."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import Options, finite_and_not_negative
+from .bucket import Skip
+
+
+class DeviceValues(NamedTuple):
+    """One-element tensors; None for what isn't one."""
+
+    lr: Tensor | None = None
+    l1: Tensor | None = None
+    grad_scale: Tensor | None = None
+    grad_coefficient: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return any(value is not None for value in self)
+
+    def on(self, device: torch.device) -> DeviceValues:
+        """The values on a device, in the types that the kernel reads."""
+        dtypes = (torch.float64, torch.float64, torch.float32, torch.float32, torch.float32)
+        return DeviceValues(
+            *(
+                None if value is None else value.detach().to(device, dtype, non_blocking=True)
+                for value, dtype in zip(self, dtypes, strict=True)
+            )
+        )
+
+    def read_into(self, options: Options, name: Callable[[], str], why: str) -> Options | Skip:
+        """The options with the values in, for which the host waits.
+
+        Args:
+            options: in which the values' fields are placeholders.
+            name: names a parameter that they are for, for an error.
+            why: says why the host must know them.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, so the host can't wait.
+            ValueError: a value is out of its range.
+        """
+        if is_capturing() and any(value is not None and value.is_cuda for value in self):
+            raise RuntimeError(
+                f"{name()}: can't wait for a value on the device while a CUDA graph is captured, "
+                f"but {why}"
+            )
+        if self.found_inf is not None and self.found_inf.item() != 0:
+            return Skip.FOUND_INF
+        known: dict[str, Any] = {}
+        if self.lr is not None:
+            known["lr"] = finite_and_not_negative(self.lr, f"{name()}: lr")
+        if self.l1 is not None:
+            known["l1"] = finite_and_not_negative(self.l1, f"{name()}: l1")
+        if self.grad_scale is not None:
+            known["grad_scale"] = scale = to_float32(self.grad_scale.item())
+            if not scale > 0:
+                raise ValueError(f"ProxSGD: grad_scale is {scale}: must be above 0")
+        if self.grad_coefficient is not None:
+            known["grad_coefficient"] = to_float32(self.grad_coefficient.item())
+        return dataclasses.replace(options, **known)
+
+
+def to_float32(value: float) -> float:
+    """A number rounded to float32."""
+    return ctypes.c_float(value).value
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialized and torch.cuda.is_current_stream_capturing()

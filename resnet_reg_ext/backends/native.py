@@ -1,0 +1,170 @@
+"""The native backend: the only module that touches the compiled core, ``resnet_reg_ext._C``.
+
+The core knows no torch. It reads tensors through DLPack's C exchange API, which torch has from 2.11
+on; for an older torch this module describes each tensor to it in Python, which is slower and
+otherwise the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..options import Options
+from .bucket import Bucket, Run
+from .device_values import DeviceValues
+
+_C: Any = None
+missing = ""
+"""Why the native module is not there; empty where it is."""
+try:
+    _C = importlib.import_module("._C", "resnet_reg_ext")
+except ImportError as error:
+    missing = f"the native module can't be used ({error})"
+
+SIMD_VARIABLE = "RESNET_REG_EXT_SIMD"
+
+_DLPACK_DEVICE = {"cpu": 1, "cuda": 2}
+_DLPACK_OTHER_DEVICE = 12  # kDLExtDev
+_DLPACK_DTYPE = {
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+}
+_DLPACK_OTHER_DTYPE = (0, 8)
+
+
+def _describe(tensor: Tensor) -> tuple[Any, ...]:
+    """What the exchange API would tell: address, device, dtype, shape and strides."""
+    if tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
+        raise TypeError("not a plain strided tensor")
+    device = tensor.device
+    code, bits = _DLPACK_DTYPE.get(tensor.dtype, _DLPACK_OTHER_DTYPE)
+    return (
+        tensor.data_ptr(),
+        _DLPACK_DEVICE.get(device.type, _DLPACK_OTHER_DEVICE),
+        device.index or 0,
+        code,
+        bits,
+        tuple(tensor.shape),
+        tensor.stride(),
+    )
+
+
+def _current_stream(device: int) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def use_exchange_api(enable: bool = True) -> None:
+    """Reads tensors through DLPack's C exchange API if torch has it and ``enable`` is true."""
+    global _reader
+    api = getattr(Tensor, "__dlpack_c_exchange_api__", None) if enable else None
+    others = (_describe, _current_stream, Tensor, torch.nn.Parameter)
+    try:
+        _reader = _C.TensorReader(api, *others)
+    except ValueError:  # another library has put something else under that name
+        _reader = _C.TensorReader(None, *others)
+
+
+_reader: Any = None
+if _C is not None:
+    use_exchange_api()
+    if SIMD_VARIABLE in os.environ:
+        try:
+            _C.set_simd_level(os.environ[SIMD_VARIABLE])
+        except ValueError as error:
+            raise ImportError(f"{SIMD_VARIABLE}: {error}") from None
+
+
+def available() -> bool:
+    """Whether the native module is installed."""
+    return _C is not None
+
+
+def has_exchange_api() -> bool:
+    """Whether tensors are read through DLPack's C exchange API."""
+    return bool(_reader.has_exchange_api)
+
+
+def read(bucket: Bucket) -> Any:
+    """Reads and checks a bucket's tensors; the result keeps them alive.
+
+    Its ``misfits`` lists the parameters that the core can't take as they are: for each an ``index``
+    in the bucket, a ``reason`` in words, ``layout_only`` where all that is wrong is that the
+    parameter's tensors are laid out differently, and ``cuda_unusable``.
+    """
+    zeros = 0 if bucket.num_zeros is None else bucket.num_zeros.data_ptr()
+    return _reader.read(
+        bucket.params, bucket.grads, bucket.momentum_buffers, bucket.master_params, zeros
+    )
+
+
+def prepare(
+    reading: Any, bucket: Bucket, options: Options, values: DeviceValues | None = None
+) -> Run:
+    """The step of a bucket that was read without misfits.
+
+    ``values`` are read on the parameters' CUDA devices when the kernel runs.
+    """
+    native_options = _C.Options(
+        lr=options.lr,
+        momentum=options.momentum,
+        dampening=options.dampening,
+        weight_decay=options.weight_decay,
+        l1=options.l1,
+        nesterov=options.nesterov,
+        maximize=options.maximize,
+        proximal=options.proximal,
+        frozen_zeros=options.frozen_zeros,
+        grad_scale=options.grad_scale,
+        grad_coefficient=options.grad_coefficient,
+        first_step=bucket.first_step,
+    )
+    on_devices = {}
+    if values:
+        for device in {param.device for param in bucket.params}:
+            on_devices[device.index] = values.on(device)
+
+    def run() -> None:
+        addresses = {
+            index: _C.DeviceValues(
+                **{
+                    key: value.data_ptr()
+                    for key, value in on_device._asdict().items()
+                    if value is not None
+                }
+            )
+            for index, on_device in on_devices.items()
+        }
+        # Autograd must notice that the tensors change.
+        for tensors in bucket.written():
+            if tensors:
+                torch.autograd.graph.increment_version(tensors)
+        _C.prox_sgd_(_reader, reading, native_options, torch.get_num_threads(), addresses)
+
+    return run
+
+
+_warned: set[str] = set()
+
+
+def warn_unusable_cuda(device: torch.device) -> None:
+    """Says once why a CUDA device's tensors go the pure-PyTorch way, and the remedy."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    why = why_cuda_unusable(index)
+    if why not in _warned:
+        _warned.add(why)
+        warnings.warn(
+            f"ProxSGD runs in pure PyTorch on {device}, which is slower: {why}", stacklevel=3
+        )
+
+
+def why_cuda_unusable(index: int) -> str:
+    """Why CUDA device ``index`` can't be used by the core; empty where it can."""
+    return missing or str(_C.why_cuda_unusable(index))

@@ -1,0 +1,332 @@
+"""The update in pure PyTorch: its readable definition, and a backend for every device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import repeat
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..options import Options
+from .bucket import Bucket, Run
+from .checks import COMPUTE_DTYPE, check_operands, overlaps_itself
+from .device_values import to_float32
+
+
+class _Coefficients(NamedTuple):
+    """The numbers that the update multiplies and compares with, for one compute dtype."""
+
+    grad_factor: float
+    weight_decay: float
+    momentum: float
+    one_minus_dampening: float
+    nesterov: bool
+    maximize: bool
+    lr: float
+    l1_threshold: float
+    l2_factor: float
+    frozen_zeros: bool
+
+    @classmethod
+    def of(cls, options: Options, dtype: torch.dtype) -> _Coefficients:
+        def rounded(value: float) -> float:
+            return value if dtype is torch.float64 else to_float32(value)
+
+        return cls(
+            grad_factor=rounded(rounded(1 / options.grad_scale) * options.grad_coefficient),
+            weight_decay=0.0 if options.proximal else options.weight_decay,
+            momentum=options.momentum,
+            one_minus_dampening=1 - options.dampening,
+            nesterov=options.nesterov,
+            maximize=options.maximize,
+            lr=options.lr,
+            l1_threshold=rounded(options.l1_threshold),
+            l2_factor=options.l2_factor,
+            frozen_zeros=options.frozen_zeros,
+        )
+
+
+def _update_values(
+    ops: SimpleNamespace,
+    p: Any,
+    g: Any,
+    m: Any,
+    c: _Coefficients,
+    first_step: bool,
+    scratch: Tensor | None,
+) -> None:
+    """The update in the compute dtype, in place. ``add(alpha=)`` rounds once: it is an fma.
+
+    With ``_SINGLE``, p, g and m are tensors, and ``scratch`` takes intermediate values; with
+    ``_FOREACH`` they are lists of tensors, and memory is allocated for those.
+    """
+    frozen = ops.equal(p, 0) if c.frozen_zeros else None
+    d = ops.neg(g, out=scratch) if c.maximize else g
+    if c.grad_factor != 1:
+        d = ops.mul(d, c.grad_factor, out=scratch)
+    if c.weight_decay != 0:
+        d = ops.add(d, p, alpha=c.weight_decay, out=scratch)
+    s = d
+    if c.momentum != 0:
+        if first_step:
+            ops.copy_(m, d)
+        else:
+            ops.mul_(m, c.momentum)
+            ops.add_(m, d, alpha=c.one_minus_dampening)
+        s = ops.add(d, m, alpha=c.momentum, out=scratch) if c.nesterov else m
+    ops.add_(p, s, alpha=-c.lr)
+    if c.l1_threshold != 0:  # v - clamp(v, -t, t) is the soft threshold, and a NaN stays one
+        ops.sub_(p, ops.clamp(p, -c.l1_threshold, c.l1_threshold, out=scratch))
+    if c.l2_factor != 1:
+        ops.mul_(p, c.l2_factor)
+    if frozen is not None:
+        ops.masked_fill_(p, frozen, 0)
+
+
+def _clamp_lists(tensors: list[Tensor], low: float, high: float, out: None) -> list[Tensor]:
+    clamped = list(torch._foreach_clamp_min(tensors, low))
+    torch._foreach_clamp_max_(clamped, high)
+    return clamped
+
+
+def _masked_fill_lists_(tensors: list[Tensor], masks: list[Tensor], value: float) -> None:
+    for tensor, mask in zip(tensors, masks, strict=True):
+        tensor.masked_fill_(mask, value)
+
+
+_SINGLE = SimpleNamespace(
+    neg=torch.neg,
+    mul=torch.mul,
+    add=torch.add,
+    clamp=torch.clamp,
+    equal=torch.eq,
+    copy_=Tensor.copy_,
+    mul_=Tensor.mul_,
+    add_=Tensor.add_,
+    sub_=Tensor.sub_,
+    masked_fill_=Tensor.masked_fill_,
+)
+_FOREACH = SimpleNamespace(
+    neg=lambda a, out: torch._foreach_neg(a),
+    mul=lambda a, b, out: torch._foreach_mul(a, b),
+    add=lambda a, b, alpha, out: torch._foreach_add(a, b, alpha=alpha),
+    clamp=_clamp_lists,
+    equal=lambda a, b: [t == b for t in a],
+    copy_=torch._foreach_copy_,
+    mul_=torch._foreach_mul_,
+    add_=torch._foreach_add_,
+    sub_=torch._foreach_sub_,
+    masked_fill_=_masked_fill_lists_,
+)
+
+# Elements of a chunk: what one operation leaves is still in the CPU's cache when the next reads it
+# (bench/NOTES.md).
+_CHUNK = 1 << 18
+# Below this many elements calling an operation takes longer than the operation: such tensors are
+# updated by operations on lists.
+_SMALL = 1 << 12
+
+
+def prepare(bucket: Bucket, options: Options) -> Run:
+    """The step of a bucket, checked.
+
+    Raises:
+        ValueError: a tensor can't be updated; names its parameter.
+    """
+    for i in range(len(bucket.params)):
+        check_operands(*bucket.operands(i), partial(bucket.name, i))
+    plain = bucket.map(lambda tensors: [_without_subclass(t) for t in tensors])
+    # With an operand whose strides are 0, torch rounds twice in add(alpha=).
+    plain.grads = [
+        g.clone(memory_format=torch.contiguous_format) if overlaps_itself(g) else g
+        for g in plain.grads
+    ]
+    odd = [
+        i
+        for i in range(len(plain.params))
+        if not all(t is None or _is_plain(t) for t in plain.operands(i))
+    ]
+    if not odd:
+        return partial(_update_, plain, options)
+    return _prepare_with_odd(plain, options, odd)
+
+
+def _without_subclass(tensor: Tensor) -> Tensor:
+    """The memory of a subclass that only overrides ``__torch_function__``, as a plain tensor.
+
+    Two unrelated subclasses in one operation would raise, after other parameters have changed.
+    """
+    if _is_plain(tensor) or type(tensor).__torch_dispatch__ != Tensor.__torch_dispatch__:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.detach().as_subclass(Tensor)
+
+
+_is_functorch_wrapped: Any = getattr(
+    torch._C._functorch, "is_functorch_wrapped_tensor", lambda tensor: False
+)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether no operation on the tensor runs anyone's Python code, or refuses its values."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not _is_functorch_wrapped(tensor)
+
+
+def _prepare_with_odd(bucket: Bucket, options: Options, odd: list[int]) -> Run:
+    """A step with tensors whose operations may raise, as of a ``__torch_dispatch__`` subclass.
+
+    They are updated in copies now, so that whatever raises does it before anything has changed.
+    """
+    chosen = set(odd)
+    rest = bucket.pick([i for i in range(len(bucket.params)) if i not in chosen])
+    written = bucket.pick(odd)
+    with torch.no_grad():
+        updated = written.map(lambda tensors: [t.clone() for t in tensors])
+    _update_(updated, options)
+
+    @torch.no_grad()
+    def run() -> None:
+        _update_(rest, options)
+        for originals, copies in zip(written.written(), updated.written(), strict=True):
+            for original, copy in zip(originals, copies, strict=True):
+                original.copy_(copy)
+        if bucket.num_zeros is not None:
+            count_zeros_into(bucket.num_zeros, bucket.params)
+
+    return run
+
+
+@torch.no_grad()
+def _update_(bucket: Bucket, options: Options) -> None:
+    """Updates a bucket: large tensors on a CPU in chunks, the others by operations on lists."""
+    workspace = _Workspace()
+    coefficients: dict[torch.dtype, _Coefficients] = {}
+    together: list[int] = []
+    elements = 0
+    for i, param in enumerate(bucket.params):
+        size = param.numel()
+        if param.is_cpu and size > _SMALL:
+            dtype = COMPUTE_DTYPE[param.dtype]
+            if dtype not in coefficients:
+                coefficients[dtype] = _Coefficients.of(options, dtype)
+            for chunk in _chunks(*bucket.operands(i)):
+                _update_chunk_(chunk, coefficients[dtype], dtype, bucket.first_step, workspace)
+            continue
+        if param.is_cpu and elements + size > _CHUNK:
+            _update_lists_(bucket.pick(together), options)
+            together, elements = [], 0
+        together.append(i)
+        elements += size if param.is_cpu else 0
+    if together:
+        _update_lists_(bucket.pick(together), options)
+    if bucket.num_zeros is not None:
+        count_zeros_into(bucket.num_zeros, bucket.params)
+
+
+def _update_chunk_(
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    c: _Coefficients,
+    dtype: torch.dtype,
+    first_step: bool,
+    workspace: _Workspace,
+) -> None:
+    """Updates a chunk of a parameter on a CPU.
+
+    Tensors of another dtype are widened, and each is rounded once when it is stored again.
+    """
+    param, grad, momentum_buffer, master = operands
+    weight = param if master is None else master
+    p = workspace.widened("p", weight, dtype)
+    g = workspace.widened("g", grad, dtype)
+    m = None if momentum_buffer is None else workspace.widened("m", momentum_buffer, dtype)
+    _update_values(_SINGLE, p, g, m, c, first_step, workspace.like("scratch", p, dtype))
+    if p is not weight:
+        weight.copy_(p)
+    if momentum_buffer is not None and m is not None and m is not momentum_buffer:
+        momentum_buffer.copy_(m)
+    if master is not None:
+        param.copy_(p)
+
+
+def _update_lists_(bucket: Bucket, options: Options) -> None:
+    """Updates a bucket, each operation on all tensors before the next."""
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, param in enumerate(bucket.params):
+        by_dtype.setdefault(COMPUTE_DTYPE[param.dtype], []).append(i)
+    for dtype, members in by_dtype.items():
+        part = bucket.pick(members)
+        weights = part.params if part.master_params is None else part.master_params
+        momentum_buffers = part.momentum_buffers or []
+        p, m, g = (
+            [t if t.dtype is dtype else t.to(dtype) for t in tensors]
+            for tensors in (weights, momentum_buffers, part.grads)
+        )
+        _update_values(_FOREACH, p, g, m, _Coefficients.of(options, dtype), part.first_step, None)
+        stored = [(weights, p), (momentum_buffers, m)]
+        if part.master_params is not None:
+            stored.append((part.params, p))
+        for targets, values in stored:
+            for target, value in zip(targets, values, strict=True):
+                if target is not value:
+                    target.copy_(value)
+
+
+class _Workspace:
+    """Memory on a CPU for intermediate values, the same for all chunks of a step.
+
+    New memory for each chunk would be given back to the operating system and taken from it each
+    time, which clears it page by page: that took as long as the arithmetic (bench/NOTES.md).
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def like(self, use: str, model: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of the model's shape, for one use at a time."""
+        size = model.numel()
+        memory = self._memory.get((use, dtype))
+        if memory is None or memory.numel() < size:
+            # On the model's device, whatever the default device is.
+            memory = torch.empty(max(size, _CHUNK), dtype=dtype, device=model.device)
+            self._memory[use, dtype] = memory
+        shape = model.shape
+        if len(shape) == 1:
+            return memory if memory.numel() == size else memory[:size]
+        if len(shape) == 4 and model.is_contiguous(memory_format=torch.channels_last):
+            return memory.as_strided(shape, model.stride())
+        return memory[:size].view(shape)
+
+    def widened(self, use: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor in another dtype; itself where it has it."""
+        return tensor if tensor.dtype is dtype else self.like(use, tensor, dtype).copy_(tensor)
+
+
+def _chunks(*operands: Tensor | None) -> Iterable[Any]:
+    """A parameter's operands, cut into chunks if they are large and laid out alike."""
+    given = [t for t in operands if t is not None]
+    size = given[0].numel()
+    if size <= _CHUNK:
+        return (operands,)
+    if all(t.is_contiguous() for t in given):
+        flat = [None if t is None else t.detach().view(-1) for t in operands]
+    elif given[0].dim() == 4 and all(
+        t.is_contiguous(memory_format=torch.channels_last) for t in given
+    ):
+        flat = [None if t is None else t.detach().permute(0, 2, 3, 1).view(-1) for t in operands]
+    else:
+        return (operands,)
+    return zip(*(repeat(None) if t is None else torch.split(t, _CHUNK) for t in flat), strict=False)
+
+
+def count_zeros_into(num_zeros: Tensor, params: Sequence[Tensor]) -> None:
+    """Writes the number of zeros of each parameter."""
+    torch.stack([count_zeros(p) for p in params], out=num_zeros)
+
+
+def count_zeros(tensor: Tensor) -> Tensor:
+    """The number of zeros, of either sign, as a tensor; takes no memory for each element."""
+    return tensor.numel() - torch.count_nonzero(tensor)

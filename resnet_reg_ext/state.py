@@ -1,0 +1,167 @@
+"""The optimizer's state: momentum buffers and master weights of each parameter.
+
+The only module that knows what a first step is, which parameters have a master weight, and in which
+dtype a momentum buffer is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import dtensor
+from .backends.bucket import Bucket
+
+MOMENTUM_BUFFER = "momentum_buffer"
+MASTER_WEIGHT = "master_weight"
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+_NO_STATE: dict[str, Any] = {}
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+def collect(
+    group: Mapping[str, Any], index: int, state: Mapping[Tensor, dict[str, Any]], momentum: bool
+) -> list[Bucket]:
+    """The parameters of a group that have a gradient, with their state.
+
+    Those at their first step are in a bucket of their own, as are those with a master weight. State
+    that doesn't exist yet is None in a bucket's lists, for :func:`create_missing`.
+
+    Args:
+        group: a parameter group.
+        index: the group's index, for errors.
+        state: the optimizer's.
+        momentum: whether the group's momentum is above 0.
+    """
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    for param in group["params"]:
+        grad = param.grad
+        if grad is not None:
+            params.append(param)
+            grads.append(grad)
+    if not params:
+        return []
+    whole = Bucket(params, grads, None, None, False, partial(_name_of, group, index, params))
+    if momentum or group["master_weights"]:
+        states = [state.get(p, _NO_STATE) for p in params]
+        buckets = _divide(whole, group, states, momentum)
+    else:
+        buckets = [whole]
+    return _with_counters(buckets) if group["track_sparsity"] else buckets
+
+
+def _divide(
+    whole: Bucket, group: Mapping[str, Any], states: Sequence[dict[str, Any]], momentum: bool
+) -> list[Bucket]:
+    """A bucket for each combination of first step or not, and master weight or not."""
+    buffers: list[Any] = [of_param.get(MOMENTUM_BUFFER) for of_param in states]
+    masters: list[Any] = [None] * len(states)
+    with_master: set[int] = set()
+    if group["master_weights"]:
+        for i, param in enumerate(whole.params):
+            if has_master(group, param):
+                with_master.add(i)
+                masters[i] = states[i].get(MASTER_WEIGHT)
+            elif MASTER_WEIGHT in states[i]:
+                # The parameter had 16 bits once; this step leaves its copy behind.
+                whole.created.append((param, MASTER_WEIGHT, None))
+    members: dict[tuple[bool, bool], list[int]] = {}
+    for i, buffer in enumerate(buffers):
+        key = (momentum and buffer is None, i in with_master)
+        members.setdefault(key, []).append(i)
+    buckets = []
+    for (first_step, master), indices in members.items():
+        part = whole if len(members) == 1 else whole.pick(indices)
+        part.first_step = first_step
+        if momentum:
+            part.momentum_buffers = [buffers[i] for i in indices]
+        if master:
+            part.master_params = [masters[i] for i in indices]
+        buckets.append(part)
+    return buckets
+
+
+def _with_counters(buckets: list[Bucket]) -> list[Bucket]:
+    """Gives buckets counters of zeros; each bucket is on one device then."""
+    # Not all ways to load a DTensor raise its version, so no count of one is kept.
+    if any(dtensor.has_dtensors(bucket.params) for bucket in buckets):
+        return buckets
+    counted = []
+    for bucket in buckets:
+        by_device: dict[torch.device, list[int]] = {}
+        for i, param in enumerate(bucket.params):
+            by_device.setdefault(param.device, []).append(i)
+        for device, indices in by_device.items():
+            part = bucket if len(by_device) == 1 else bucket.pick(indices)
+            part.num_zeros = torch.zeros(len(indices), dtype=torch.int64, device=device)
+            counted.append(part)
+    return counted
+
+
+def create_missing(bucket: Bucket, group: Mapping[str, Any]) -> None:
+    """Fills in the state that doesn't exist yet. :func:`commit` puts it into the optimizer."""
+    for key, values, make in (
+        (MOMENTUM_BUFFER, bucket.momentum_buffers, new_momentum_buffer),
+        (MASTER_WEIGHT, bucket.master_params, new_master),
+    ):
+        for i, value in enumerate(values or ()):
+            if value is None:
+                created = make(group, bucket.params[i])
+                values[i] = created
+                bucket.created.append((bucket.params[i], key, created))
+
+
+def commit(bucket: Bucket, state: State) -> None:
+    """Puts into the optimizer's state what the bucket's step has created, once it has run."""
+    for param, key, value in bucket.created:
+        if value is None:
+            del state[param][key]
+        else:
+            state.setdefault(param, {})[key] = value
+
+
+def has_master(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether a parameter has a float32 copy in the state."""
+    return bool(group["master_weights"]) and param.dtype in _SIXTEEN_BITS
+
+
+def momentum_dtype_of(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+    """The dtype that a parameter's momentum buffer is stored in."""
+    dtype: torch.dtype | None = group["momentum_dtype"]
+    if dtype is None or param.dtype is torch.float64:
+        return torch.float32 if has_master(group, param) else param.dtype
+    return dtype
+
+
+def new_momentum_buffer(group: Mapping[str, Any], param: Tensor) -> Tensor:
+    """A momentum buffer, to be written by the parameter's first step."""
+    return torch.empty_like(param, dtype=momentum_dtype_of(group, param), requires_grad=False)
+
+
+def new_master(group: Mapping[str, Any], param: Tensor) -> Tensor:
+    """A float32 copy of a parameter."""
+    return param.detach().to(torch.float32)
+
+
+def parameter_name(group: Mapping[str, Any], group_index: int, index: int) -> str:
+    """What an error about a parameter begins with."""
+    return f"ProxSGD: {parameter_place(group, group_index, index)}"
+
+
+def parameter_place(group: Mapping[str, Any], group_index: int, index: int) -> str:
+    """Where a parameter is, and its name if it has one."""
+    names = group.get("param_names")
+    name = f" ({names[index]})" if names and index < len(names) else ""
+    return f"param_groups[{group_index}]['params'][{index}]{name}"
+
+
+def _name_of(group: Mapping[str, Any], group_index: int, params: list[Tensor], i: int) -> str:
+    wanted = params[i]
+    index = next(index for index, param in enumerate(group["params"]) if param is wanted)
+    return parameter_name(group, group_index, index)
