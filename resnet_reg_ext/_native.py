@@ -11,7 +11,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,17 +38,8 @@ _DLPACK_DTYPE = {
 }
 
 
+_DEVICE_VALUES = ("lr", "l1", "grad_scale", "grad_coefficient", "found_inf")
 _NOTHING_ON_DEVICES: dict[int, tuple[Tensor | None, ...]] = {}
-
-
-class Misfit(NamedTuple):
-    """A parameter that the core can't take as it is."""
-
-    position: int
-    layout_only: bool
-    negated: bool
-    cuda_unusable: bool
-    reason: str
 
 
 def _describe(tensor: Tensor) -> tuple[Any, ...]:
@@ -76,8 +67,7 @@ def use_exchange_api(enable: bool = True) -> None:
     """Reads tensors through DLPack's C exchange API if torch has it and ``enable`` is true."""
     global _reader
     api = getattr(Tensor, "__dlpack_c_exchange_api__", None) if enable else None
-    # DLPack tells nothing of lazy negation (torch._neg_view, x.conj().imag).
-    others = (_describe, _current_stream, Tensor.is_neg, Tensor, torch.nn.Parameter)
+    others = (_describe, _current_stream, Tensor, torch.nn.Parameter)
     try:
         _reader = _C.TensorReader(api, *others)
     except ValueError:  # what stands there is something else: other libraries set the attribute too
@@ -113,44 +103,8 @@ def read(
     return _reader.read(params, grads, momenta, masters, _address(zeros))
 
 
-def gather(
-    params: list[Tensor],
-    state: dict[Tensor, dict[str, Any]],
-    with_momenta: bool,
-    with_masters: bool,
-    zeros: Tensor | None,
-    position: int,
-) -> tuple[Any, ...] | None:
-    """The quick way to what a step takes of the parameters that have a gradient.
-
-    That is: parameters, gradients, momentum buffers, master weights, their reading, a position. All
-    are known to fit; buffers and master weights come from the state, and are None unless asked for.
-    The result is None where anything is out of the ordinary, such as a parameter at its first step.
-
-    Args:
-        params: of one group, with a gradient or without.
-        state: an optimizer's.
-        with_momenta: whether each has a momentum buffer.
-        with_masters: whether each has a master weight.
-        zeros: int64 counters, as many as ``params``, on the device of the first; as many are used
-            as there are gradients.
-        position: where in the state to look first: 0, then what came back.
-    """
-    if _C is None or not isinstance(params, list):
-        return None
-    taken: tuple[Any, ...] | None = _reader.gather(
-        params, state, with_momenta, with_masters, _address(zeros), position
-    )
-    return taken
-
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def misfits(reading: Any) -> list[Misfit]:
-    """The parameters of a reading that the core can't take as they are."""
-    return [Misfit(*m) for m in reading.misfits]
 
 
 def prox_sgd_(
@@ -166,13 +120,17 @@ def prox_sgd_(
     devices, what is read there when the kernel runs: lr and l1 in float64, grad_scale,
     grad_coefficient and found_inf in float32.
     """
-    addresses = {index: tuple(map(_address, values)) for index, values in device.items()}
+    addresses = {
+        index: _C.DeviceValues(**dict(zip(_DEVICE_VALUES, map(_address, values), strict=True)))
+        for index, values in device.items()
+    }
+    options = _C.Options(**h._asdict(), first_step=first)
     # Autograd must notice that the tensors change. Before the kernel, whose data take the place in
     # the caches of what has just been read of the tensors.
     for tensors in changed:
         if tensors:
             torch.autograd.graph.increment_version(tensors)
-    _C.prox_sgd_(_reader, reading, *h, first, torch.get_num_threads(), addresses)
+    _C.prox_sgd_(_reader, reading, options, torch.get_num_threads(), addresses)
 
 
 _warned: set[str] = set()

@@ -445,14 +445,11 @@ def prepare_prox_sgd(
         raise RuntimeError(
             f"{name(0)}: fused=True, but {_native.missing}; fused=None takes pure PyTorch instead"
         )
-    misfits: list[_native.Misfit] = []
+    misfits: list[Any] = []
     if native and reading is None:
+        bucket = bucket._replace(grads=[g.resolve_neg() for g in bucket.grads])
         reading = bucket.read()
-        misfits = _native.misfits(reading)
-        negated = {misfit.position for misfit in misfits if misfit.negated}
-        if negated:
-            grads = [g.resolve_neg() if i in negated else g for i, g in enumerate(bucket.grads)]
-            return prepare_prox_sgd(bucket._replace(grads=grads), h, fused, name, values)
+        misfits = reading.misfits
     if (misfits or not native) and _distributed.has_dtensors(
         bucket.params, bucket.grads, bucket.momenta or [], bucket.masters or []
     ):
@@ -489,7 +486,7 @@ def prepare_prox_sgd(
     pure: list[int] = []
     relaid: list[int] = []
     for misfit in misfits:
-        i = misfit.position
+        i = misfit.index
         check_operands(*bucket.of(i), partial(name, i))
         if misfit.layout_only:
             relaid.append(i)
@@ -508,7 +505,7 @@ def prepare_prox_sgd(
             _native.warn_unusable_cuda(bucket.params[i].device)
         pure.append(i)
     if values is not None:
-        known = values.applied_to(h, partial(name, misfits[0].position), misfits[0].reason)
+        known = values.applied_to(h, partial(name, misfits[0].index), misfits[0].reason)
         if known is None:
             return None
         h = known

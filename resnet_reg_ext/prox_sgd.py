@@ -23,7 +23,6 @@ from .functional import (
     check_state,
     hyperparameters,
     is_capturing,
-    may_be_native,
     number_in,
     prepare_prox_sgd,
     scalar,
@@ -658,26 +657,7 @@ class _StatesInOrder:
 
     def __init__(self, state: dict[Tensor, dict[str, Any]]) -> None:
         self._state = state
-        self._position = 0  # the native core's
         self._next = 0
-
-    def gather(self, group: dict[str, Any], with_momentum: bool) -> Bucket | None:
-        """The bucket of a group by the native core's quick way; None where that is not open."""
-        params: list[Tensor] = group["params"]
-        if not params or not may_be_native(group["fused"]):
-            return None
-        zeros = None
-        if group["track_sparsity"]:
-            zeros = torch.zeros(len(params), dtype=torch.int64, device=params[0].device)
-        taken = _native.gather(
-            params, self._state, with_momentum, group["master_weights"], zeros, self._position
-        )
-        if taken is None:
-            return None
-        params, grads, momenta, masters, reading, self._position = taken
-        if zeros is not None:
-            zeros = zeros[: len(params)]
-        return Bucket(params, grads, momenta, masters, False, zeros, reading)
 
     @functools.cached_property
     def _entries(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
@@ -709,9 +689,6 @@ def _buckets(
     With each bucket, the state that was created for it, or is out of date: (parameter, key, value
     or None).
     """
-    gathered = states.gather(group, with_momentum)
-    if gathered is not None:
-        return [(gathered, [])] if gathered.params else []
     params: list[Tensor] = list(group["params"])
     grads: list[Any] = [p.grad for p in params]
     if NoneType in set(map(type, grads)):

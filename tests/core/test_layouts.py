@@ -478,31 +478,23 @@ def test_an_empty_tensor_takes_no_place_wherever_it_is():
     def on_cuda(tensor):
         return (0, 2, 0, 2, 32, (0, 3), (3, 1))
 
-    reader = _native._C.TensorReader(
-        None, on_cuda, lambda device: 0, lambda tensor: False, Tensor, Tensor
-    )
+    reader = _native._C.TensorReader(None, on_cuda, lambda device: 0, Tensor, Tensor)
     reading = reader.read([Tensor()], [Tensor()], None, None, 0)
     assert reading.misfits == []
     h = functional.Hyperparameters(0.1, 0.0, 0.0, 0.0, 0.0, False, False, False, False)
-    _native._C.prox_sgd_(reader, reading, *h, False, 1, {})
+    _native._C.prox_sgd_(
+        reader, reading, _native._C.Options(**h._asdict(), first_step=False), 1, {}
+    )
 
 
-@pytest.mark.parametrize("at", ["memory", "negation"])
-def test_ctrl_c_while_tensors_are_read_is_not_lost(at):
+def test_ctrl_c_while_tensors_are_read_is_not_lost():
     class Tensor:
         pass
 
     def interrupted(tensor):
         raise KeyboardInterrupt
 
-    def plain(tensor):
-        return (64, 1, 0, 2, 32, (3,), (1,))
-
-    if at == "memory":
-        describe, is_neg = interrupted, lambda tensor: False
-    else:
-        describe, is_neg = plain, interrupted
-    reader = _native._C.TensorReader(None, describe, None, is_neg, Tensor, Tensor)
+    reader = _native._C.TensorReader(None, interrupted, None, Tensor, Tensor)
     with pytest.raises(KeyboardInterrupt):
         reader.read([Tensor()], [Tensor()], None, None, 0)
 
