@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <map>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -13,101 +11,178 @@
 #include <vector>
 
 #include "build_info.h"
-#include "cuda/plan.h"
 #include "prox_sgd.h"
-#include "tensors.h"
+#include "tensor_lists.h"
 
 namespace py = pybind11;
 using namespace prox_sgd;
 
 namespace {
 
-cpu::Simd simd_level = cpu::simd_supported(cpu::Simd::avx2) ? cpu::Simd::avx2 : cpu::Simd::baseline;
+using Address = std::uintptr_t;
 
-const char* name_of(cpu::Simd level) { return level == cpu::Simd::avx2 ? "avx2" : "baseline"; }
+// ---- structs whose fields are keyword arguments -------------------------------------------------
+
+// Calls visit(name, field) for every field.
+template <typename Visit>
+void for_each_field(const Options*, Visit&& visit) {
+  visit("lr", &Options::lr);
+  visit("momentum", &Options::momentum);
+  visit("dampening", &Options::dampening);
+  visit("weight_decay", &Options::weight_decay);
+  visit("l1", &Options::l1);
+  visit("nesterov", &Options::nesterov);
+  visit("maximize", &Options::maximize);
+  visit("proximal", &Options::proximal);
+  visit("frozen_zeros", &Options::frozen_zeros);
+  visit("grad_scale", &Options::grad_scale);
+  visit("grad_coefficient", &Options::grad_coefficient);
+  visit("first_step", &Options::first_step);
+}
+
+template <typename Visit>
+void for_each_field(const cuda::DeviceValues*, Visit&& visit) {
+  visit("lr", &cuda::DeviceValues::lr);
+  visit("l1", &cuda::DeviceValues::l1);
+  visit("grad_scale", &cuda::DeviceValues::grad_scale);
+  visit("grad_coefficient", &cuda::DeviceValues::grad_coefficient);
+  visit("found_inf", &cuda::DeviceValues::found_inf);
+}
+
+template <typename T>
+void assign(T& field, py::handle value) {
+  if constexpr (std::is_pointer_v<T>) {
+    field = reinterpret_cast<T>(value.cast<Address>());
+  } else {
+    field = value.cast<T>();
+  }
+}
+
+// Throws TypeError for an unknown name, a value of another type and, where all fields are required,
+// a missing name.
+template <typename Struct>
+Struct from_keywords(const py::kwargs& given, bool all_required) {
+  Struct made{};
+  size_t used = 0;
+  for_each_field(&made, [&](const char* name, auto field) {
+    if (!given.contains(name)) {
+      if (all_required) throw py::type_error(std::string("missing keyword argument: ") + name);
+      return;
+    }
+    try {
+      assign(made.*field, given[name]);
+    } catch (const py::cast_error&) {
+      throw py::type_error(std::string(name) + ": " + py::repr(given[name]).cast<std::string>() +
+                           " is of another type");
+    }
+    ++used;
+  });
+  if (used != given.size()) throw py::type_error("unknown keyword argument");
+  return made;
+}
+
+template <typename Struct>
+void bind_keywords(py::module_& m, const char* name, const char* doc, bool all_required) {
+  py::class_<Struct> type(m, name, doc);
+  type.def(py::init([all_required](const py::kwargs& given) {
+    return from_keywords<Struct>(given, all_required);
+  }));
+  for_each_field(static_cast<const Struct*>(nullptr), [&](const char* field_name, auto field) {
+    type.def_property_readonly(field_name, [field](const Struct& self) {
+      if constexpr (std::is_pointer_v<std::decay_t<decltype(self.*field)>>) {
+        return reinterpret_cast<Address>(self.*field);
+      } else {
+        return self.*field;
+      }
+    });
+  });
+}
+
+// ---- SIMD levels and storages by name -----------------------------------------------------------
 
 std::vector<std::string> simd_levels() {
-  std::vector<std::string> levels;
-  for (const cpu::Simd level : {cpu::Simd::baseline, cpu::Simd::avx2}) {
-    if (cpu::simd_supported(level)) levels.emplace_back(name_of(level));
-  }
-  return levels;
+  std::vector<std::string> names;
+  for (const cpu::Simd level : cpu::simd_levels()) names.emplace_back(cpu::name_of(level));
+  return names;
 }
 
 void set_simd_level(const std::string& name) {
-  for (const cpu::Simd level : {cpu::Simd::baseline, cpu::Simd::avx2}) {
-    if (name != name_of(level)) continue;
-    if (!cpu::simd_supported(level)) {
-      throw std::invalid_argument("SIMD level '" + name + "' is not supported by this processor");
+  std::string known;
+  for (const cpu::Simd level : cpu::simd_levels()) {
+    if (name == cpu::name_of(level)) {
+      cpu::set_simd_level(level);
+      return;
     }
-    simd_level = level;
-    return;
+    known += (known.empty() ? "'" : " or '") + std::string(cpu::name_of(level)) + "'";
   }
-  throw std::invalid_argument("SIMD level '" + name + "' is unknown: 'baseline' or 'avx2'");
+  throw std::invalid_argument("SIMD level '" + name + "' is unknown: this processor has " + known);
 }
 
-Kind kind_named(const std::string& name) {
+Storage storage_named(const std::string& name) {
   int number = 0;
-  for (const char* known : kKindNames) {
-    if (name == known) return static_cast<Kind>(number);
+  for (const char* known : kStorageNames) {
+    if (name == known) return static_cast<Storage>(number);
     ++number;
   }
-  throw std::invalid_argument("kind '" + name + "' is unknown");
+  throw std::invalid_argument("storage '" + name + "' is unknown");
 }
 
-using Address = std::uintptr_t;
+// ---- a step ------------------------------------------------------------------------------------
 
-// lr, l1, grad_scale, grad_coefficient, found_inf: where device memory holds them; 0 for nowhere.
-using Addresses = std::array<Address, 5>;
-
-cuda::DeviceValues device_values(const Addresses& at) {
-  return {reinterpret_cast<const double*>(at[0]), reinterpret_cast<const double*>(at[1]),
-          reinterpret_cast<const float*>(at[2]), reinterpret_cast<const float*>(at[3]),
-          reinterpret_cast<const float*>(at[4])};
+// CUDA device index -> the values in that device's memory.
+cuda::DeviceValues values_on(const py::dict& device_values, int device) {
+  for (const auto& [index, values] : device_values) {
+    if (index.cast<int>() == device) return values.cast<cuda::DeviceValues>();
+  }
+  return {};
 }
 
-void run(const TensorReader& reader, const Reading& reading, double lr, double momentum,
-         double dampening, double weight_decay, double l1, bool nesterov, bool maximize,
-         bool proximal, bool frozen_zeros, float grad_scale, float grad_coefficient, bool first,
-         int threads, const std::map<int, Addresses>& device) {
-  const Options o{lr,       momentum,     dampening,  weight_decay,     l1,   nesterov, maximize,
-                  proximal, frozen_zeros, grad_scale, grad_coefficient, first};
-  for (const Bucket& bucket : reading.buckets) {
-    if (bucket.device_type == dlpack::kCUDA) {
-      void* stream = reader.current_stream(bucket.device_type, bucket.device_id);
-      const auto found = device.find(bucket.device_id);
-      const auto values =
-          found == device.end() ? cuda::DeviceValues{} : device_values(found->second);
-      const py::gil_scoped_release release;
-      cuda::prox_sgd(bucket.operands, bucket.kind, o, values, bucket.device_id, stream);
-    } else {
-      const cpu::Simd level = simd_level;  // which another thread may set
-      const py::gil_scoped_release release;
-      cpu::prox_sgd(bucket.operands, bucket.kind, o, level, threads);
-    }
+// `threads` is py::int_, which takes no object with __index__: no Python code may run while a
+// reading's addresses are in use.
+void run(const TensorReader& reader, const Reading& reading, const Options& options,
+         const py::int_& threads, const py::dict& device_values) {
+  struct CudaStep {
+    const Batch& batch;
+    std::vector<cuda::Launch> launches;
+    void* stream;
+  };
+  // All that can fail comes before the first change.
+  const auto max_threads = threads.cast<int>();
+  std::vector<CudaStep> on_cuda;
+  for (const Batch& batch : reading.batches) {
+    if (batch.device.device_type != dlpack::kCUDA) continue;
+    const auto values = values_on(device_values, batch.device.device_id);
+    on_cuda.push_back({batch, cuda::plan(batch.operands, batch.storage, options, values),
+                       reader.describer().current_stream(batch.device)});
+  }
+  const py::gil_scoped_release release;
+  for (const CudaStep& step : on_cuda) {
+    cuda::launch(step.launches, step.batch.storage, step.batch.device.device_id, step.stream);
+  }
+  for (const Batch& batch : reading.batches) {
+    if (batch.device.device_type != dlpack::kCPU) continue;
+    cpu::prox_sgd(batch.operands, batch.storage, options, max_threads);
   }
 }
 
-// Addresses of parameter, gradient, momentum, master and zero counter (0 for none), and elements.
+// Addresses of parameter, gradient, momentum buffer, master and zero counter (0 for none), and the
+// number of elements.
 using Row = std::tuple<Address, Address, Address, Address, Address, int64_t>;
 
-py::list plan_cuda(const std::string& kind, const std::vector<Row>& rows, double lr,
-                   double momentum, double dampening, double weight_decay, double l1, bool nesterov,
-                   bool maximize, bool proximal, bool frozen_zeros, float grad_scale,
-                   float grad_coefficient, bool first, const Addresses& device, int64_t capacity) {
-  const Options o{lr,       momentum,     dampening,  weight_decay,     l1,   nesterov, maximize,
-                  proximal, frozen_zeros, grad_scale, grad_coefficient, first};
-  std::vector<Operands> list;
-  list.reserve(rows.size());
-  for (const auto& [param, grad, buffer, master, zeros, numel] : rows) {
+py::list plan_cuda(const std::string& storage, const std::vector<Row>& rows, const Options& options,
+                   const cuda::DeviceValues& device_values, int64_t capacity) {
+  std::vector<Operands> operands;
+  operands.reserve(rows.size());
+  for (const auto& [param, grad, momentum_buffer, master_param, num_zeros, numel] : rows) {
     if (numel < 0) throw std::invalid_argument("numel must not be negative");
-    list.push_back({reinterpret_cast<void*>(param), reinterpret_cast<const void*>(grad),
-                    reinterpret_cast<void*>(buffer), reinterpret_cast<void*>(master), numel,
-                    reinterpret_cast<int64_t*>(zeros)});
+    operands.push_back({reinterpret_cast<void*>(param), reinterpret_cast<const void*>(grad),
+                        reinterpret_cast<void*>(momentum_buffer),
+                        reinterpret_cast<void*>(master_param), numel,
+                        reinterpret_cast<int64_t*>(num_zeros)});
   }
   py::list launches;
   for (const cuda::Launch& launch :
-       cuda::plan(list, kind_named(kind), o, device_values(device), capacity)) {
+       cuda::plan(operands, storage_named(storage), options, device_values, capacity)) {
     py::dict entry;
     entry["kernel"] = launch.kernel;
     entry["grid"] = launch.grid;
@@ -131,106 +206,92 @@ py::dict build_info() {
   return info;
 }
 
+void bind_reader(py::module_& m) {
+  py::class_<Rejection>(m, "Rejection", "A parameter that the kernels can't take as it is.")
+      .def_readonly("index", &Rejection::index, "Its place in the lists.")
+      .def_property_readonly(
+          "layout_only", [](const Rejection& r) { return r.reason == Reason::layout; },
+          "Whether it fits once its gradient and state have its own memory layout.")
+      .def_property_readonly(
+          "cuda_unusable", [](const Rejection& r) { return r.reason == Reason::no_cuda; },
+          "Whether the reason is a CUDA device that this build can't use.")
+      .def_readonly("reason", &Rejection::in_words);
+
+  py::class_<Reading>(m, "Reading", "Tensors that were read and checked; keeps them alive.")
+      .def_readonly("misfits", &Reading::rejections);
+
+  py::class_<TensorReader>(m, "TensorReader", "Reads lists of torch tensors through DLPack.")
+      .def(py::init([](py::object exchange_api, py::object describe, py::object current_stream,
+                       py::object tensor_type, py::object parameter_type) {
+             return std::make_unique<TensorReader>(
+                 TensorDescriber(std::move(exchange_api), std::move(describe),
+                                 std::move(current_stream)),
+                 std::move(tensor_type), std::move(parameter_type));
+           }),
+           py::arg("exchange_api").none(true), py::arg("describe"), py::arg("current_stream"),
+           py::arg("tensor_type"), py::arg("parameter_type"))
+      .def_property_readonly(
+          "has_exchange_api",
+          [](const TensorReader& reader) { return reader.describer().has_exchange_api(); })
+      .def(
+          "read",
+          [](const TensorReader& reader, const py::list& params, const py::list& grads,
+             const std::optional<py::list>& momentum_buffers,
+             const std::optional<py::list>& master_params, Address num_zeros) {
+            return reader.read(params, grads, momentum_buffers, master_params,
+                               reinterpret_cast<int64_t*>(num_zeros));
+          },
+          py::arg("params"), py::arg("grads"), py::arg("momentum_buffers").none(true),
+          py::arg("master_params").none(true), py::arg("num_zeros"),
+          "`num_zeros`: the address of an int64 counter a parameter, on the parameters' one "
+          "device; 0 counts nothing.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native core of resnet_reg_ext: the fused ProxSGD step on CPU and CUDA.";
 
-  // The Python exception is still set.
-  py::register_local_exception_translator([](std::exception_ptr thrown) {
-    try {
-      if (thrown) std::rethrow_exception(thrown);
-    } catch (const Interrupted&) {
-    }
-  });
+  bind_keywords<Options>(
+      m, "Options", "A parameter group's options; all are keyword arguments, and all required.",
+      true);
+  bind_keywords<cuda::DeviceValues>(
+      m, "DeviceValues",
+      "Addresses in a CUDA device's memory, 0 for none: lr, l1 (float64), grad_scale, "
+      "grad_coefficient and found_inf (float32).",
+      false);
+  bind_reader(m);
 
-  py::class_<Reading>(m, "Reading", "Tensors that were read and checked.")
-      .def_property_readonly(
-          "misfits",
-          [](const Reading& reading) {
-            py::list misfits;
-            for (const Misfit& misfit : reading.misfits) {
-              misfits.append(py::make_tuple(
-                  misfit.index, misfit.reason == Unfit::layout, misfit.reason == Unfit::negated,
-                  misfit.reason == Unfit::no_cuda, describe(misfit.reason)));
-            }
-            return misfits;
-          },
-          "(index, differs in layout only, has a negated gradient, lacks a usable CUDA device, "
-          "reason in words) for each parameter that no bucket took.");
+  m.def("prox_sgd_", &run, py::arg("reader"), py::arg("reading"), py::arg("options"),
+        py::arg("threads"), py::arg("device_values"),
+        "One step on all tensors of a reading, in place. `device_values`: CUDA device index -> "
+        "DeviceValues.");
 
-  py::class_<TensorReader>(m, "TensorReader", "Reads lists of torch tensors through DLPack.")
-      .def(py::init([](py::object exchange_api, py::object describe, py::object stream,
-                       py::object is_neg, py::object tensor_type, py::object parameter_type) {
-             return std::make_unique<TensorReader>(exchange_api.ptr(), describe.ptr(), stream.ptr(),
-                                                   is_neg.ptr(), tensor_type.ptr(),
-                                                   parameter_type.ptr());
-           }),
-           py::arg("exchange_api").none(true), py::arg("describe"), py::arg("stream"),
-           py::arg("is_neg"), py::arg("tensor_type"), py::arg("parameter_type"))
-      .def_property_readonly("has_exchange_api", &TensorReader::has_exchange_api)
-      .def(
-          "read",
-          [](const TensorReader& reader, py::list params, py::list grads,
-             std::optional<py::list> momenta, std::optional<py::list> masters, Address zeros) {
-            const auto list = [](const std::optional<py::list>& given) {
-              return given ? given->ptr() : Py_None;
-            };
-            return reader.read(params.ptr(), grads.ptr(), list(momenta), list(masters),
-                               reinterpret_cast<int64_t*>(zeros));
-          },
-          py::arg("params"), py::arg("grads"), py::arg("momenta").none(true),
-          py::arg("masters").none(true), py::arg("zeros"))
-      .def(
-          "gather",
-          [](const TensorReader& reader, py::list params, py::dict state, bool momenta,
-             bool masters, Address zeros, Py_ssize_t position) -> py::object {
-            auto found = reader.gather(params.ptr(), state.ptr(), momenta, masters,
-                                       reinterpret_cast<int64_t*>(zeros), &position);
-            if (!found) return py::none();
-            const auto held = [](OwnedObject& list) -> py::object {
-              if (!list) return py::none();
-              return py::reinterpret_steal<py::object>(list.release());
-            };
-            return py::make_tuple(held(found->params), held(found->grads), held(found->momenta),
-                                  held(found->masters), std::move(found->reading), position);
-          },
-          py::arg("params"), py::arg("state"), py::arg("momenta"), py::arg("masters"),
-          py::arg("zeros"), py::arg("position"),
-          "(params, grads, momenta, masters, reading, position) of the parameters that have a "
-          "gradient; None where anything is out of the ordinary. `zeros`: the address of an int64 "
-          "counter a parameter, on the first one's device; 0 for none. `position`: where in the "
-          "state to look first; 0, then what is returned.");
-
-  m.def(
-      "prox_sgd_", &run, py::arg("reader"), py::arg("reading"), py::arg("lr"), py::arg("momentum"),
-      py::arg("dampening"), py::arg("weight_decay"), py::arg("l1"), py::arg("nesterov"),
-      py::arg("maximize"), py::arg("proximal"), py::arg("frozen_zeros"), py::arg("grad_scale"),
-      py::arg("grad_coefficient"), py::arg("first"), py::arg("threads"), py::arg("device"),
-      "One step on all buckets of a reading, in place. `device` maps CUDA devices to the "
-      "addresses of lr, l1 (float64), grad_scale, grad_coefficient and found_inf (float32) there, "
-      "0 for what isn't there.");
-
-  m.def("plan_prox_sgd_cuda", &plan_cuda, py::arg("kind"), py::arg("rows"), py::arg("lr"),
-        py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("l1"),
-        py::arg("nesterov"), py::arg("maximize"), py::arg("proximal"), py::arg("frozen_zeros"),
-        py::arg("grad_scale"), py::arg("grad_coefficient"), py::arg("first"),
-        py::arg("device") = Addresses{}, py::arg("capacity") = 0,
-        "The launches for rows of (addresses of parameter, gradient, momentum, master, zero "
+  m.def("plan_prox_sgd_cuda", &plan_cuda, py::arg("storage"), py::arg("rows"), py::arg("options"),
+        py::arg("device_values") = cuda::DeviceValues{}, py::arg("capacity") = 0,
+        "The launches for rows of (addresses of parameter, gradient, momentum buffer, master, zero "
         "counter; elements): kernel, grid, block and parameter bytes of each. Needs no GPU and no "
         "CUDA build.");
 
-  m.attr("kinds") = [] {
+  m.attr("storages") = [] {
     py::list names;
-    for (const char* name : kKindNames) names.append(name);
+    for (const char* name : kStorageNames) names.append(name);
     return py::tuple(names);
   }();
 
   m.def("build_info", &build_info, "What this binary was built from.");
-  m.def("simd_levels", &simd_levels, "SIMD levels that this processor can run.");
-  m.def("simd_level", [] { return name_of(simd_level); }, "The SIMD level in use.");
+  m.def("simd_levels", &simd_levels, "SIMD levels that this processor can run, slowest first.");
+  m.def(
+      "simd_level", [] { return cpu::name_of(cpu::simd_level()); },
+      "The SIMD level in use; 'none' leaves all steps to pure PyTorch.");
   m.def("set_simd_level", &set_simd_level, py::arg("name"));
   m.def("openmp_runtime", &cpu::openmp_runtime, "The OpenMP library in use, or 'none'.");
+  m.def(
+      "why_cpu_unusable", [] { return cpu::why_unusable(cpu::simd_level()); },
+      "Why the kernel for CPUs can't be used; empty where it can.");
   m.def("why_cuda_unusable", &cuda::why_unusable, py::arg("device"),
         "Why CUDA device `device` can't be used; empty where it can.");
+  m.def("cuda_driver_version", &cuda::driver_version,
+        "The CUDA version that the installed driver supports, as 12040 for 12.4; 0 without a "
+        "driver or without CUDA in this build.");
 }

@@ -12,14 +12,14 @@ Plan::Plan(const std::vector<Operands>& operands, int threads) {
     sizes_.push_back(o.numel);
     total_ += (o.numel + kLine - 1) / kLine * kLine;
   }
-  // Large chunks keep the memory streams long; some for each thread let a delayed one be helped.
-  const int64_t share = total_ / (4 * std::max(threads, 1)) / kLine * kLine;
-  chunk_ = std::clamp(share, kLeastChunk, kMostChunk);
+  // Large chunks read long runs of memory; four for each thread let others take a slow thread's.
+  const int64_t even = total_ / (4 * std::max(threads, 1)) / kLine * kLine;
+  chunk_ = std::clamp(even, kMinChunk, kMaxChunk);
 }
 
 int64_t Plan::tensor_at(int64_t position) const {
-  // The last tensor that starts at or before the position; an empty tensor starts where the next
-  // one does and is thus passed over.
+  // The last tensor that starts at or before the position: not an empty one, as the next tensor
+  // starts at the same position.
   return std::upper_bound(starts_.begin(), starts_.end(), position) - starts_.begin() - 1;
 }
 

@@ -1,4 +1,4 @@
-// Which elements a thread takes.
+// Cuts the elements of a call into chunks for the threads.
 #pragma once
 
 #include <cstdint>
@@ -8,27 +8,28 @@
 
 namespace prox_sgd::cpu {
 
-// Cuts a list of tensors, laid end to end, into chunks of equal size. A chunk may hold a piece of
-// one large tensor or many small ones whole, so the work is balanced whatever the sizes are.
+// Lays the tensors end to end and cuts the line into chunks of equal size. A chunk may be a part of
+// one large tensor or hold many small ones: the work is balanced whatever the sizes are.
 class Plan {
  public:
-  // Each tensor takes a whole number of lines: no two chunks then write to one line of a tensor
-  // that starts on one.
-  static constexpr int64_t kLine = 64;  // elements
-  static constexpr int64_t kLeastChunk = 128 * kLine;
-  static constexpr int64_t kMostChunk = 2048 * kLine;
+  // A tensor takes a whole multiple of these elements. Where it starts on a cache line, no two
+  // chunks then write to one line.
+  static constexpr int64_t kLine = 64;
+  static constexpr int64_t kMinChunk = 128 * kLine;
+  static constexpr int64_t kMaxChunk = 2048 * kLine;
 
   Plan(const std::vector<Operands>& operands, int threads);
 
   int64_t chunks() const { return (total_ + chunk_ - 1) / chunk_; }
 
-  struct Piece {
+  // Elements [begin, end) of one tensor.
+  struct Range {
     int64_t tensor;
-    int64_t begin;  // elements of that tensor
+    int64_t begin;
     int64_t end;
   };
 
-  // Calls visit(Piece) for every piece of chunk `chunk`, in order.
+  // Calls visit(Range) for every range of a chunk, in order.
   template <typename Visit>
   void visit(int64_t chunk, Visit&& visit) const {
     int64_t at = chunk * chunk_;
@@ -38,7 +39,7 @@ class Plan {
       const int64_t begin = at - starts_[tensor];
       const int64_t end = (next < stop ? next : stop) - starts_[tensor];
       const int64_t numel = sizes_[tensor];
-      if (begin < numel) visit(Piece{tensor, begin, end < numel ? end : numel});
+      if (begin < numel) visit(Range{tensor, begin, end < numel ? end : numel});
       at = next < stop ? next : stop;
     }
   }
@@ -50,7 +51,7 @@ class Plan {
   std::vector<int64_t> starts_;  // where a tensor starts, counted in elements rounded up to lines
   std::vector<int64_t> sizes_;
   int64_t total_ = 0;
-  int64_t chunk_ = kLeastChunk;
+  int64_t chunk_ = kMinChunk;
 };
 
 }  // namespace prox_sgd::cpu

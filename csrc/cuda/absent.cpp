@@ -1,4 +1,4 @@
-// Stands in for kernel.cu and launch.cu in a build without CUDA.
+// Stands in for elements.cu and launch.cu in a build without CUDA.
 #include <stdexcept>
 
 #include "../prox_sgd.h"
@@ -6,7 +6,7 @@
 
 namespace prox_sgd::cuda {
 
-void prox_sgd(const std::vector<Operands>&, Kind, const Options&, const DeviceValues&, int, void*) {
+void launch(const std::vector<Launch>&, Storage, int, void*) {
   throw std::runtime_error("ProxSGD: built without CUDA");
 }
 
@@ -16,5 +16,7 @@ std::string why_unusable(int) {
 }
 
 int toolkit_version() { return 0; }
+
+int driver_version() { return 0; }
 
 }  // namespace prox_sgd::cuda

@@ -1,4 +1,4 @@
-// Launches a plan. All the CUDA runtime's state (device, stream, status) is handled here.
+// Launches a plan: the only place that handles the CUDA runtime's device, stream and status.
 #include <cuda_runtime.h>
 
 #include <map>
@@ -7,8 +7,7 @@
 #include <string>
 
 #include "../prox_sgd.h"
-#include "kernel.h"
-#include "plan.h"
+#include "params.h"
 
 namespace prox_sgd::cuda {
 namespace {
@@ -44,18 +43,8 @@ std::string version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
 }
 
-// What the installed driver supports, 0 without one.
-int driver_version() {
-  int driver = 0;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return driver;
-}
-
-// Why no kernel can run on a device; empty where one can. `lasting` is whether that can't change
-// while the process lives, unlike a lack of memory, say.
+// Why no kernel can run on a device; empty where one can. `lasting`: it holds as long as the
+// process lives, unlike a lack of memory.
 struct Obstacle {
   std::string reason;
   bool lasting = true;
@@ -75,7 +64,7 @@ Obstacle find_obstacle(int device) {
   try {
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes;
-    status = cudaFuncGetAttributes(&attributes, kernel_address(Kind::float32));
+    status = cudaFuncGetAttributes(&attributes, kernel_address(Storage::float32));
     cudaGetLastError();
   } catch (const std::exception& error) {
     return {error.what(), false};
@@ -96,18 +85,16 @@ Obstacle find_obstacle(int device) {
 
 }  // namespace
 
-void prox_sgd(const std::vector<Operands>& operands, Kind kind, const Options& options,
-              const DeviceValues& values, int device, void* stream) {
-  const std::vector<Launch> launches = plan(operands, kind, options, values);
+void launch(const std::vector<Launch>& launches, Storage storage, int device, void* stream) {
   if (launches.empty()) return;
   const DeviceGuard guard(device);
   for (const Launch& launch : launches) {
-    if (launch.parameters.size() != parameter_bytes(kind)) {
+    if (launch.parameters.size() != parameter_bytes(storage)) {
       throw std::logic_error("ProxSGD: plan and kernel were built for tables of different sizes");
     }
     void* arguments[] = {const_cast<unsigned char*>(launch.parameters.data())};
-    check(cudaLaunchKernel(kernel_address(kind), dim3(launch.grid), dim3(launch.block), arguments,
-                           0, static_cast<cudaStream_t>(stream)),
+    check(cudaLaunchKernel(kernel_address(storage), dim3(launch.grid), dim3(launch.block),
+                           arguments, 0, static_cast<cudaStream_t>(stream)),
           launch.kernel.c_str());
   }
 }
@@ -122,5 +109,14 @@ std::string why_unusable(int device) {
 }
 
 int toolkit_version() { return CUDART_VERSION; }
+
+int driver_version() {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return driver;
+}
 
 }  // namespace prox_sgd::cuda

@@ -1,18 +1,18 @@
-#include "plan.h"
-
+// Lays parameters out in the tables of as many launches as they need.
 #include <algorithm>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <stdexcept>
 
-#include "kernel.h"
+#include "../prox_sgd.h"
+#include "params.h"
 
 namespace prox_sgd::cuda {
 namespace {
 
 template <typename T>
-std::vector<Launch> plan_for(const std::vector<Operands>& operands, Kind kind,
+std::vector<Launch> plan_for(const std::vector<Operands>& operands, Storage storage,
                              const Options& options, const DeviceValues& values, int64_t capacity) {
   using Table = Parameters<typename T::Compute>;
   constexpr int64_t kMost = Table::kCapacity;
@@ -20,11 +20,11 @@ std::vector<Launch> plan_for(const std::vector<Operands>& operands, Kind kind,
 
   std::vector<Launch> launches;
   const auto table = std::make_unique<Table>();
-  std::memset(static_cast<void*>(table.get()), 0, sizeof *table);
+  std::memset(static_cast<void*>(table.get()), 0, sizeof *table);  // padding is copied, too
   table->coefficients = coefficients<typename T::Compute>(options);
-  table->varying = varying(options);
+  table->scheduled = scheduled(options);
   table->values = values;
-  table->varies = values.lr || values.l1 || values.grad_scale || values.grad_coefficient;
+  table->reads_device = values.lr || values.l1 || values.grad_scale || values.grad_coefficient;
 
   const auto flush = [&] {
     if (table->count == 0) return;
@@ -33,9 +33,8 @@ std::vector<Launch> plan_for(const std::vector<Operands>& operands, Kind kind,
       throw std::length_error("ProxSGD: a bucket of tensors too large for one CUDA grid");
     }
     const auto* bytes = reinterpret_cast<const unsigned char*>(table.get());
-    launches.push_back({std::string("prox_sgd_") + kKindNames[static_cast<int>(kind)],
-                        static_cast<uint32_t>(blocks), kThreads,
-                        std::vector<unsigned char>(bytes, bytes + sizeof *table)});
+    launches.push_back({std::string("prox_sgd_") + name_of(storage), static_cast<uint32_t>(blocks),
+                        kThreads, std::vector<unsigned char>(bytes, bytes + sizeof *table)});
     table->units = 0;
     table->count = 0;
   };
@@ -52,10 +51,11 @@ std::vector<Launch> plan_for(const std::vector<Operands>& operands, Kind kind,
 
 }  // namespace
 
-std::vector<Launch> plan(const std::vector<Operands>& operands, Kind kind, const Options& options,
-                         const DeviceValues& values, int64_t capacity) {
-  return with_kind(kind, [&](auto tag) {
-    return plan_for<Types<decltype(tag)::kind>>(operands, kind, options, values, capacity);
+std::vector<Launch> plan(const std::vector<Operands>& operands, Storage storage,
+                         const Options& options, const DeviceValues& values, int64_t capacity) {
+  return with_storage(storage, [&](auto tag) {
+    using T = TypesOf<decltype(tag)::storage>;
+    return plan_for<T>(operands, storage, options, values, capacity);
   });
 }
 

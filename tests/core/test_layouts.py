@@ -15,6 +15,7 @@ from torch import nn
 
 from resnet_reg_ext import ProxSGD
 from resnet_reg_ext.backends import native
+from resnet_reg_ext.backends.bucket import Bucket
 from resnet_reg_ext.functional import prox_sgd_
 
 pytestmark = [pytest.mark.reads_tensors, pytest.mark.sanitized]
@@ -479,31 +480,25 @@ def test_an_empty_tensor_takes_no_place_wherever_it_is():
     def on_cuda(tensor):
         return (0, 2, 0, 2, 32, (0, 3), (3, 1))
 
-    reader = native._C.TensorReader(
-        None, on_cuda, lambda device: 0, lambda tensor: False, Tensor, Tensor
-    )
+    reader = native._C.TensorReader(None, on_cuda, lambda device: 0, Tensor, Tensor)
     reading = reader.read([Tensor()], [Tensor()], None, None, 0)
     assert reading.misfits == []
-    h = functional.Hyperparameters(0.1, 0.0, 0.0, 0.0, 0.0, False, False, False, False)
-    native._C.prox_sgd_(reader, reading, *h, False, 1, {})
+    numbers = dict.fromkeys(["lr", "momentum", "dampening", "weight_decay", "l1"], 0.0)
+    switches = ["nesterov", "maximize", "proximal", "frozen_zeros", "first_step"]
+    options = native._C.Options(
+        **numbers, **dict.fromkeys(switches, False), grad_scale=1.0, grad_coefficient=1.0
+    )
+    native._C.prox_sgd_(reader, reading, options, 1, {})
 
 
-@pytest.mark.parametrize("at", ["memory", "negation"])
-def test_ctrl_c_while_tensors_are_read_is_not_lost(at):
+def test_ctrl_c_while_tensors_are_read_is_not_lost():
     class Tensor:
         pass
 
     def interrupted(tensor):
         raise KeyboardInterrupt
 
-    def plain(tensor):
-        return (64, 1, 0, 2, 32, (3,), (1,))
-
-    if at == "memory":
-        describe, is_neg = interrupted, lambda tensor: False
-    else:
-        describe, is_neg = plain, interrupted
-    reader = native._C.TensorReader(None, describe, None, is_neg, Tensor, Tensor)
+    reader = native._C.TensorReader(None, interrupted, None, Tensor, Tensor)
     with pytest.raises(KeyboardInterrupt):
         reader.read([Tensor()], [Tensor()], None, None, 0)
 
@@ -511,7 +506,7 @@ def test_ctrl_c_while_tensors_are_read_is_not_lost(at):
 def test_a_reading_keeps_its_tensors_alive():
     params, grads = [torch.ones(3)], [torch.ones(3)]
     alive = weakref.ref(grads[0])
-    reading = native.read(params, grads, None, None, None)
+    reading = native.read(Bucket(params, grads, None, None, False, str))
     del grads
     assert alive() is not None
     del reading

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_reg_ext import ProxSGD, functional
+from resnet_reg_ext import ProxSGD
+from resnet_reg_ext.backends import dispatch
+from resnet_reg_ext.backends.bucket import Bucket
 from resnet_reg_ext.functional import prox_sgd_
+from resnet_reg_ext.options import Options
 
 pytestmark = pytest.mark.reads_tensors
 
@@ -502,7 +505,7 @@ def test_parameters_are_named_for_errors_only(fused, dtype):
     def name(index):
         raise AssertionError("no error to name a parameter in")
 
-    h = functional.hyperparameters(ProxSGD([torch.ones(1)], fused=fused).param_groups[0])
-    bucket = functional.Bucket(params, grads, [torch.ones(3) for _ in params], None, False)
-    functional.prepare_prox_sgd(bucket, h, fused, name)()
+    options = Options.from_group(ProxSGD([torch.ones(1)]).param_groups[0])
+    bucket = Bucket(params, grads, [torch.ones(3) for _ in params], None, False, name)
+    dispatch.prepare(bucket, options, fused=fused)()
     assert all((p != 1).all() for p in params)

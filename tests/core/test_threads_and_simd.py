@@ -10,7 +10,8 @@ import reference
 import torch
 from reference import assert_same
 
-from resnet_reg_ext import ProxSGD, _native
+from resnet_reg_ext import ProxSGD
+from resnet_reg_ext.backends import native
 from resnet_reg_ext.functional import prox_sgd_
 
 pytestmark = [pytest.mark.reads_tensors, pytest.mark.sanitized]
@@ -39,7 +40,7 @@ OPTIONS = {
     "dampening, no l1": {"momentum": 0.9, "dampening": 0.3, "l1": 0.0},
     "no momentum": {"momentum": 0.0, "weight_decay": 0.02, "l1": 0.1},
 }
-LEVELS = _native._C.simd_levels()
+LEVELS = native._C.simd_levels()
 
 
 def trajectory(dtype, options, fused=True, steps=2):
@@ -65,8 +66,8 @@ def test_every_thread_count_and_level(options, dtype):
     torch.set_num_threads(1)
     expected = trajectory(dtype, OPTIONS[options], fused=False)
     for level in LEVELS:
-        _native._C.set_simd_level(level)
-        assert _native._C.simd_level() == level
+        native._C.set_simd_level(level)
+        assert native._C.simd_level() == level
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
             actual = trajectory(dtype, OPTIONS[options])
@@ -93,7 +94,7 @@ def flushing():
 @pytest.mark.parametrize("level", LEVELS)
 def test_float16s_subnormals_are_no_subnormals_to_compute_with(level):
     """In float32 they are ordinary numbers, gradients of ordinary size among them."""
-    _native._C.set_simd_level(level)
+    native._C.set_simd_level(level)
     small = torch.arange(0, 1100, dtype=torch.int16).view(torch.float16)  # and some normal ones
     p, g = torch.zeros_like(small), small.clone()
     prox_sgd_([p], [g], lr=1.0, fused=True)
@@ -104,7 +105,7 @@ def test_float16s_subnormals_are_no_subnormals_to_compute_with(level):
 @pytest.mark.parametrize("level", LEVELS)
 def test_all_threads_flush_subnormals_if_the_caller_does(level):
     """torch.set_flush_denormal changes the thread that calls it, none of those that wait."""
-    _native._C.set_simd_level(level)
+    native._C.set_simd_level(level)
     # By its bits, as a number it would be zero.
     g = torch.full((64 * CHUNK,), 1000, dtype=torch.int32).view(torch.float32)
     for threads in (1, 2, 3, 4):
@@ -130,7 +131,7 @@ def extremes(dtype):
 @pytest.mark.parametrize("level", LEVELS)
 def test_extreme_values_at_every_level(level, dtype):
     """The baseline emulates fma and the narrow types' rounding; not only in the middle range."""
-    _native._C.set_simd_level(level)
+    native._C.set_simd_level(level)
     some = extremes(dtype)
     for options in (
         {"lr": 1.0, "weight_decay": 0.7},
@@ -176,7 +177,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kernel_gives_the_bits_and_the_zeros_of_pure_pytorch(kind, variant, level):
-    _native._C.set_simd_level(level)
+    native._C.set_simd_level(level)
     dtype, options = KINDS[kind]
     special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -6e-8])
     # Whole vectors, whole lines and every remainder of both; special values at many places.
@@ -227,10 +228,10 @@ def test_both_levels_run_on_x86():
 
 @pytest.mark.usefixtures("runtime")
 def test_an_unknown_level_is_refused():
-    before = _native._C.simd_level()
+    before = native._C.simd_level()
     with pytest.raises(ValueError, match=r"SIMD level 'avx1024' is unknown: 'baseline' or 'avx2'"):
-        _native._C.set_simd_level("avx1024")
-    assert _native._C.simd_level() == before
+        native._C.set_simd_level("avx1024")
+    assert native._C.simd_level() == before
 
 
 @pytest.mark.usefixtures("runtime")
@@ -239,9 +240,9 @@ def test_without_the_exchange_api(dtype):
     """As with a torch before 2.13: tensors are described in Python."""
     results = []
     for enable in (True, False):
-        _native.use_exchange_api(enable)
+        native.use_exchange_api(enable)
         results.append(trajectory(dtype, OPTIONS["recipe"]))
-    assert not _native._reader.has_exchange_api
+    assert not native.has_exchange_api()
     for i, (a, b) in enumerate(zip(*results, strict=True)):
         assert_same(a, b, f"tensor {i}")
 
@@ -249,20 +250,21 @@ def test_without_the_exchange_api(dtype):
 def test_the_switch_that_hides_the_exchange_api_took_effect():
     hidden = os.environ.get("RESNET_REG_EXT_TEST_NO_EXCHANGE_API") == "1"
     torch_has_it = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
-    assert _native._reader.has_exchange_api == (torch_has_it and not hidden)
+    assert native.has_exchange_api() == (torch_has_it and not hidden)
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13):
         assert torch_has_it
 
 
 PROBE = """
 import zlib, torch
-from resnet_reg_ext import ProxSGD, _native
+from resnet_reg_ext import ProxSGD
+from resnet_reg_ext.backends import native
 p = torch.nn.Parameter(torch.linspace(-1, 1, 100_003))
 optimizer = ProxSGD([p], lr=0.1, l1=0.02, weight_decay=0.3, fused=True)
 for i in range(3):
     p.grad = torch.sin(torch.arange(100_003) * (i + 1.0)).mul(8).round().div(8)
     optimizer.step()
-print(_native._C.simd_level(), zlib.crc32(p.detach().numpy().tobytes()))
+print(native._C.simd_level(), zlib.crc32(p.detach().numpy().tobytes()))
 """
 
 

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from resnet_reg_ext import ProxSGD, _native
+from resnet_reg_ext import ProxSGD
+from resnet_reg_ext.backends import native
 from resnet_reg_ext.functional import prox_sgd_
 
 pytestmark = pytest.mark.skipif(
@@ -35,7 +36,7 @@ def bucket(dtype: torch.dtype, device: str = "cpu") -> list[list[torch.Tensor]]:
 
 
 def test_the_build_can_use_this_gpu():
-    assert _native.why_cuda_unusable(torch.cuda.current_device()) == ""
+    assert native.why_cuda_unusable(torch.cuda.current_device()) == ""
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_figures import resnet50_sizes
 
-from resnet_reg_ext import functional
-from resnet_reg_ext._native import _C
+from resnet_reg_ext.backends import dispatch
+from resnet_reg_ext.backends.bucket import Bucket
+from resnet_reg_ext.backends.native import _C
+from resnet_reg_ext.options import Options
 
 DTYPES = tuple(harness.KINDS)
 ARCHITECTURES = ("compute_80", "compute_90", ptx.newest_arch())
@@ -39,12 +42,14 @@ def on_cpu(dtype, tensors, options, first):
     ws = [tensor(t.w, "float32") for t in tensors] if kind.master else None
     gs = [tensor(t.g, kind.param) for t in tensors]
     zeros = torch.zeros(len(ps), dtype=torch.int64)
-    h = functional.hyperparameters({**DEFAULTS, "fused": True, **options})
-    h = h._replace(
+    numbers = Options.from_group({**DEFAULTS, "fused": True, **options})
+    numbers = dataclasses.replace(
+        numbers,
         grad_scale=options.get("grad_scale", 1.0),
         grad_coefficient=options.get("grad_coefficient", 1.0),
     )
-    functional.prepare_prox_sgd(functional.Bucket(ps, gs, ms, ws, first, zeros), h, True, str)()
+    bucket = Bucket(ps, gs, ms, ws, first, str, zeros)
+    dispatch.prepare(bucket, numbers, fused=True)()
     params = bits(ps, kind.param)
     assert zeros.tolist() == harness.zeros_in(params, dtype)
     return params, bits(ms or [], kind.momentum), bits(ws or [], "float32")

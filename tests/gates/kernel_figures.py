@@ -60,7 +60,7 @@ def resnet50_sizes() -> list[int]:
 
 def resnet50_launches(kind: str) -> list[dict[str, int]]:
     """The launches of a step on ResNet-50 with momentum, from the plan of the installed module."""
-    from resnet_reg_ext._native import _C
+    from resnet_reg_ext.backends.native import _C
 
     master = 2**43 if harness.KINDS[kind].master else 0
     rows = [(2**40, 2**41, 2**42, master, 0, size) for size in resnet50_sizes()]

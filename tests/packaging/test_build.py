@@ -235,7 +235,7 @@ def test_pure_pytorch_can_be_asked_for(clean_copy: Path, tmp_path: Path) -> None
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'pure')!r})\n"
         "import torch, resnet_reg_ext as r\n"
-        "assert r._native._C is None and r.__file__.startswith(sys.path[0])\n"
+        "assert r.backends.native._C is None and r.__file__.startswith(sys.path[0])\n"
         "w = torch.nn.Parameter(torch.tensor([1.0, 0.05])); w.grad = torch.zeros(2)\n"
         "r.ProxSGD([w], lr=1.0, momentum=0.0, weight_decay=0.0, l1=0.5).step()\n"
         "assert w.tolist() == [0.5, 0.0], w\n"

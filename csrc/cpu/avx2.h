@@ -1,14 +1,13 @@
-// Sixteen float32 in two AVX2 vectors, for the update and for loading and storing what is kept in
-// 16 bits, which compilers alone make up to five times slower. Two, so that one's instructions fill
-// the time that the other's wait. Nothing is named here that an object for another instruction set
-// could share: all is inlined.
+// Sixteen float32 in two AVX2 vectors: the update's operations, and loads and stores of 16-bit
+// storage, which compilers vectorise up to five times slower. Two vectors, so that one computes
+// while the other waits for its results. All is always inlined: see elements.cpp.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
-#include "../prox_sgd_math.h"
+#include "../math/update.h"
 
 namespace prox_sgd::cpu {
 
@@ -27,7 +26,7 @@ PROX_SGD_HD __m256 bits_of(uint32_t mask) {
   return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(mask)));
 }
 
-// The operations of update(), sixteen times.
+// The operations of update().
 PROX_SGD_HD Floats fma_(Floats a, Floats b, Floats c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
@@ -43,7 +42,7 @@ PROX_SGD_HD Floats keep(Floats x, uint32_t bits) {
 PROX_SGD_HD Floats flip(Floats x, uint32_t sign) {
   return {_mm256_xor_ps(x.low, bits_of(sign)), _mm256_xor_ps(x.high, bits_of(sign))};
 }
-// The second operand is what the instructions give for a NaN and for zeros of either sign: they are
+// For a NaN, and for zeros of unlike sign, the instructions give the second operand: they are
 // v > -t ? v : -t and v < t ? v : t.
 PROX_SGD_HD Floats clamp_(Floats v, Floats t) {
   const Floats minus_t = flip(t, 0x80000000u);
@@ -59,7 +58,7 @@ PROX_SGD_HD Floats clear_if_zero(Floats p, uint32_t frozen, Floats value) {
   return {_mm256_andnot_ps(cleared.low, value.low), _mm256_andnot_ps(cleared.high, value.high)};
 }
 
-PROX_SGD_HD Coefficients<Floats> spread(const Coefficients<float>& c) {
+PROX_SGD_HD Coefficients<Floats> broadcast(const Coefficients<float>& c) {
   return {Floats(c.minus_lr),     Floats(c.momentum),    Floats(c.one_minus_dampening),
           Floats(c.weight_decay), Floats(c.lookahead),   Floats(c.threshold),
           Floats(c.scale),        Floats(c.grad_factor), c.ascent,
@@ -69,7 +68,7 @@ PROX_SGD_HD Coefficients<Floats> spread(const Coefficients<float>& c) {
 
 // ---- sixteen elements in memory ----------------------------------------------------------------
 
-PROX_SGD_HD Floats load_lanes(const float* x) {
+PROX_SGD_HD Floats load_floats(const float* x) {
   return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8)};
 }
 
@@ -77,24 +76,24 @@ PROX_SGD_HD __m256i load_16_bits(const void* x) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(x));
 }
 
-// From 0 1 2 3 to 0 2 1 3, in units of 64 bits: instructions that widen or narrow work on the two
-// halves of a vector apart.
+// From 0 1 2 3 to 0 2 1 3, in units of 64 bits: instructions that unpack or pack work on the two
+// halves of a vector separately.
 PROX_SGD_HD __m256i swap_middle(__m256i x) { return _mm256_permute4x64_epi64(x, 0xd8); }
 
-PROX_SGD_HD Floats load_lanes(const BFloat16* x) {
+PROX_SGD_HD Floats load_floats(const BFloat16* x) {
   const __m256i bits = swap_middle(load_16_bits(x));
   const __m256i zero = _mm256_setzero_si256();
   return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, bits)),
           _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, bits))};
 }
 
-PROX_SGD_HD Floats load_lanes(const Half* x) {
+PROX_SGD_HD Floats load_floats(const Half* x) {
   const __m256i bits = load_16_bits(x);
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(bits)),
           _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1))};
 }
 
-// What store<T>() gives, sixteen times.
+// Sixteen results of store<T>().
 template <typename T>
 struct Stored;
 
@@ -105,7 +104,7 @@ struct Stored<float> {
     _mm256_storeu_ps(to, value.low);
     _mm256_storeu_ps(to + 8, value.high);
   }
-  // In eight numbers that add up to minus the count of zeros.
+  // Eight numbers whose sum is minus the number of zeros.
   PROX_SGD_HD __m256i minus_zeros() const {
     const Floats zeros = zeros_of(value);
     return _mm256_add_epi32(_mm256_castps_si256(zeros.low), _mm256_castps_si256(zeros.high));
@@ -145,7 +144,7 @@ struct Stored<Half> : Stored16Bits {
     value = _mm256_set_m128i(rounded(x.high), rounded(x.low));
   }
   PROX_SGD_HD static __m128i rounded(__m256 x) {
-    // The instruction would keep what it can of a NaN's payload.
+    // vcvtps2ph would keep a part of a NaN's payload; store() doesn't.
     const __m256 quiet = _mm256_or_ps(_mm256_and_ps(x, bits_of(0x80000000u)), bits_of(0x7fc00000u));
     const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
     return _mm256_cvtps_ph(_mm256_blendv_ps(x, quiet, nan), _MM_FROUND_TO_NEAREST_INT);

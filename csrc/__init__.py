@@ -1,0 +1,1 @@
+"""The native module's sources, and the programs that build it."""

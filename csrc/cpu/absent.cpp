@@ -1,0 +1,12 @@
+// Stands in for elements.cpp where the compiler has no AVX2, on x86.
+#include <stdexcept>
+
+#include "elements.h"
+
+namespace prox_sgd::cpu {
+
+Kernel kernel_for(Storage, MomentumMode, UpdateForm, bool) {
+  throw std::logic_error("ProxSGD: built without a CPU kernel");
+}
+
+}  // namespace prox_sgd::cpu

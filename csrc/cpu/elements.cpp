@@ -1,0 +1,181 @@
+// The CPU kernel. On x86 it is compiled for AVX2, where float32 is computed in vectors that are
+// written out (avx2.h); the compiler vectorises the rest, as update() has no branches. Elsewhere
+// all is left to the compiler.
+//
+// This object alone is compiled for AVX2: a function that the linker could merge with another
+// object's copy of it would run AVX2 on a processor without it. So all that the headers offer is
+// always inlined, and the rest is local.
+#include "elements.h"
+
+#include <type_traits>
+
+#include "../typed_arrays.h"
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define PROX_SGD_AVX2
+#include "avx2.h"
+#endif
+
+namespace prox_sgd::cpu {
+namespace {
+
+// What is known at compile time.
+template <MomentumMode kMomentumMode, UpdateForm kUpdateForm, bool kCounted>
+struct Variant {
+  static constexpr MomentumMode kMode = kMomentumMode;
+  static constexpr UpdateForm kForm = kUpdateForm;
+  static constexpr bool kCounts = kCounted;
+};
+
+// Updates `size` elements one by one and returns the zeros if they are counted. The arrays are
+// parameters because GCC believes __restrict only there. `weight` is used with a master only.
+template <typename T, typename V>
+inline __attribute__((always_inline)) int64_t update_each(
+    const Coefficients<typename T::Compute>& c, typename T::Param* __restrict param,
+    const typename T::Grad* __restrict grad, typename T::MomentumBuffer* __restrict momentum_buffer,
+    typename T::Weight* __restrict weight, int64_t size) {
+  using C = typename T::Compute;
+  // As wide as the compared type: other widths cost conversions in the vectorised loop.
+  std::conditional_t<sizeof(C) == 8, int64_t, int32_t> num_zeros = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    C p;
+    if constexpr (T::has_master) {
+      p = load(weight[i]);
+    } else {
+      p = load(param[i]);
+    }
+    C m = V::kMode == MomentumMode::running ? load(momentum_buffer[i]) : C(0);
+    update(c, V::kMode, V::kForm, p, load(grad[i]), m);
+    if (V::kMode != MomentumMode::none) momentum_buffer[i] = store<typename T::MomentumBuffer>(m);
+    if constexpr (T::has_master) weight[i] = store<typename T::Weight>(p);
+    // Stored and read back, and counted by a conditional: with a local struct or an added bool, GCC
+    // leaves 16-bit loops scalar, nine times slower (tests/gates/instructions.py).
+    param[i] = store<typename T::Param>(p);
+    if constexpr (V::kCounts) num_zeros += is_zero(param[i]) ? 1 : 0;
+  }
+  return num_zeros;
+}
+
+template <typename T, typename V>
+inline __attribute__((always_inline)) int64_t
+update_each(const Coefficients<typename T::Compute>& c, const TypedArrays<T>& at, int64_t begin,
+            int64_t size) {
+  // Without momentum the pointer is null, and adding to it is undefined.
+  auto* const momentum_buffer =
+      V::kMode == MomentumMode::none ? at.momentum_buffer : at.momentum_buffer + begin;
+  return update_each<T, V>(c, at.param + begin, at.grad + begin, momentum_buffer, at.weight + begin,
+                           size);
+}
+
+// The elements in one cache line of the widest array.
+template <typename T>
+constexpr int64_t kLine = 64 / sizeof(typename T::Weight);
+
+// How many lines before its use to ask for memory. Bandwidth times latency: Zen 5 is best with 20
+// to 64 and Zen 1 with 6 to 12 (bench/NOTES.md); newer processors are given the preference.
+constexpr int64_t kPrefetchLines = 32;
+
+// Prefetches the lines that hold element i, for a single use: hardware prefetchers alone leave a
+// sixth of the bandwidth unused (bench/NOTES.md). A prefetch past the end of an array is harmless.
+template <typename T, typename V>
+inline __attribute__((always_inline)) void prefetch(const TypedArrays<T>& at, int64_t i) {
+  __builtin_prefetch(at.param + i, 0, 0);
+  __builtin_prefetch(at.grad + i, 0, 0);
+  if (V::kMode != MomentumMode::none) __builtin_prefetch(at.momentum_buffer + i, 0, 0);
+  if constexpr (T::has_master) __builtin_prefetch(at.weight + i, 0, 0);
+}
+
+#if defined(PROX_SGD_AVX2)
+
+// Updates as many elements from i on as a Floats holds.
+template <typename T, typename V>
+inline __attribute__((always_inline)) void update_floats(const Coefficients<Floats>& c,
+                                                         const TypedArrays<T>& at, int64_t i,
+                                                         __m256i& minus_zeros) {
+  Floats p = load_floats(at.weight + i);
+  Floats m(0.0f);
+  if (V::kMode == MomentumMode::running) m = load_floats(at.momentum_buffer + i);
+  update(c, V::kMode, V::kForm, p, load_floats(at.grad + i), m);
+  if (V::kMode != MomentumMode::none) {
+    Stored<typename T::MomentumBuffer>(m).write(at.momentum_buffer + i);
+  }
+  if constexpr (T::has_master) Stored<typename T::Weight>(p).write(at.weight + i);
+  const Stored<typename T::Param> stored(p);
+  stored.write(at.param + i);
+  if (V::kCounts) minus_zeros = _mm256_add_epi32(minus_zeros, stored.minus_zeros());
+}
+
+// A range is at most a chunk of the plan, so 32 bits hold its zeros.
+template <typename T, typename V>
+int64_t update_in_floats(const Coefficients<float>& coefficients, const TypedArrays<T>& at,
+                         int64_t begin, int64_t end) {
+  const Coefficients<Floats> c = broadcast(coefficients);
+  __m256i minus_zeros = _mm256_setzero_si256();
+  int64_t i = begin;
+  for (; i + kLine<T> <= end; i += kLine<T>) {
+    prefetch<T, V>(at, i + kPrefetchLines * kLine<T>);
+    for (int64_t j = 0; j < kLine<T>; j += Floats::kCount) {
+      update_floats<T, V>(c, at, i + j, minus_zeros);
+    }
+  }
+  for (; i + Floats::kCount <= end; i += Floats::kCount) {
+    update_floats<T, V>(c, at, i, minus_zeros);
+  }
+  alignas(32) int32_t counts[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(counts), minus_zeros);
+  int64_t num_zeros = update_each<T, V>(coefficients, at, i, end - i);
+  for (const int32_t count : counts) num_zeros -= count;
+  return num_zeros;
+}
+
+#endif
+
+template <typename T, typename V>
+int64_t update_range(const Operands& operands, const void* coefficients, int64_t begin,
+                     int64_t end) {
+  using C = typename T::Compute;
+  const auto c = *static_cast<const Coefficients<C>*>(coefficients);
+  const auto at = arrays_from<T>(operands, 0);
+#if defined(PROX_SGD_AVX2)
+  if constexpr (std::is_same_v<C, float>) return update_in_floats<T, V>(c, at, begin, end);
+#endif
+  int64_t num_zeros = 0;
+  int64_t i = begin;
+  for (; i + kLine<T> <= end; i += kLine<T>) {
+    prefetch<T, V>(at, i + kPrefetchLines * kLine<T>);
+    num_zeros += update_each<T, V>(c, at, i, kLine<T>);
+  }
+  return num_zeros + update_each<T, V>(c, at, i, end - i);
+}
+
+template <typename T, MomentumMode kMode>
+Kernel kernel_with(UpdateForm form, bool counts) {
+  if (form == UpdateForm::basic) {
+    return counts ? update_range<T, Variant<kMode, UpdateForm::basic, true>>
+                  : update_range<T, Variant<kMode, UpdateForm::basic, false>>;
+  }
+  if constexpr (kMode != MomentumMode::none) {
+    if (form == UpdateForm::nesterov) {
+      return counts ? update_range<T, Variant<kMode, UpdateForm::nesterov, true>>
+                    : update_range<T, Variant<kMode, UpdateForm::nesterov, false>>;
+    }
+  }
+  return update_range<T, Variant<kMode, UpdateForm::general, true>>;
+}
+
+}  // namespace
+
+Kernel kernel_for(Storage storage, MomentumMode mode, UpdateForm form, bool counts) {
+  return with_storage(storage, [&](auto tag) {
+    using T = TypesOf<decltype(tag)::storage>;
+    switch (mode) {
+      case MomentumMode::none:
+        return kernel_with<T, MomentumMode::none>(form, counts);
+      case MomentumMode::first_step:
+        return kernel_with<T, MomentumMode::first_step>(form, counts);
+      default:
+        return kernel_with<T, MomentumMode::running>(form, counts);
+    }
+  });
+}
+
+}  // namespace prox_sgd::cpu

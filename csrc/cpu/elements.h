@@ -1,0 +1,16 @@
+// The entry to the CPU kernel.
+#pragma once
+
+#include "../math/update.h"
+#include "../prox_sgd.h"
+
+namespace prox_sgd::cpu {
+
+// Updates elements [begin, end) of one parameter. Returns how many of them are zero afterwards if
+// the kernel was chosen with `counts`, and something arbitrary otherwise.
+using Kernel = int64_t (*)(const Operands& operands, const void* coefficients, int64_t begin,
+                           int64_t end);
+
+Kernel kernel_for(Storage storage, MomentumMode mode, UpdateForm form, bool counts);
+
+}  // namespace prox_sgd::cpu

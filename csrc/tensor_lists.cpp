@@ -1,0 +1,188 @@
+#include "tensor_lists.h"
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace prox_sgd {
+
+namespace {
+
+enum Role : size_t { kParam, kGrad, kMomentumBuffer, kMasterParam, kRoles };
+
+// The tensors of one parameter, null where there is none, with their descriptions.
+struct Row {
+  std::array<py::handle, kRoles> tensors;
+  std::array<TensorView, kRoles> views;
+};
+
+// The storage of tensors with these dtypes; null where a parameter has no such tensor.
+bool storage_of(DType param, DType grad, const DType* momentum, const DType* master, Storage* out) {
+  if (grad != param) return false;
+  if (master == nullptr) {
+    if (momentum == nullptr || *momentum == param) {
+      *out = static_cast<Storage>(param);  // numbered alike
+      return true;
+    }
+    *out = Storage::float32_momentum_bfloat16;
+    return param == DType::float32 && *momentum == DType::bfloat16;
+  }
+  if (*master != DType::float32) return false;
+  const bool float32_momentum = momentum == nullptr || *momentum == DType::float32;
+  if (param == DType::bfloat16 && float32_momentum) {
+    *out = Storage::bfloat16_master;
+  } else if (param == DType::bfloat16 && *momentum == DType::bfloat16) {
+    *out = Storage::bfloat16_master_momentum_bfloat16;
+  } else if (param == DType::float16 && float32_momentum) {
+    *out = Storage::float16_master;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+Reason why_device_unusable(const dlpack::Device& device, cpu::Simd simd) {
+  if (device.device_type == dlpack::kCUDA) {
+    return cuda::why_unusable(device.device_id).empty() ? Reason::fits : Reason::no_cuda;
+  }
+  return cpu::why_unusable(simd).empty() ? Reason::fits : Reason::no_cpu;
+}
+
+// Compares the tensors of one parameter, all of which have been described.
+Reason compare(const Row& row, cpu::Simd simd, Storage* storage, Operands* out) {
+  const TensorView& p = row.views[kParam];
+  const int32_t device_type = p.tensor.device.device_type;
+  if (device_type != dlpack::kCPU && device_type != dlpack::kCUDA) return Reason::device;
+  std::array<DType, kRoles> dtypes{};
+  if (!p.dtype(&dtypes[kParam])) return Reason::dtype;
+  std::array<void*, kRoles> data{};
+  bool same_layout = true;
+  bool has_memory = true;
+  for (size_t role = 0; role < kRoles; ++role) {
+    if (!row.tensors[role]) continue;
+    const TensorView& view = row.views[role];
+    if (!view.dtype(&dtypes[role]) || !p.same_device(view) || !p.same_shape(view)) {
+      return Reason::mixed;
+    }
+    same_layout = same_layout && p.same_layout(view);
+    has_memory = has_memory && view.tensor.data != nullptr;
+    data[role] = view.data();
+  }
+  const auto dtype_of = [&](Role role) { return row.tensors[role] ? &dtypes[role] : nullptr; };
+  if (!storage_of(dtypes[kParam], dtypes[kGrad], dtype_of(kMomentumBuffer), dtype_of(kMasterParam),
+                  storage)) {
+    return Reason::mixed;
+  }
+  *out = {data[kParam], data[kGrad], data[kMomentumBuffer], data[kMasterParam], p.numel(), nullptr};
+  if (out->numel == 0) return Reason::fits;
+  if (!p.is_dense()) return Reason::not_dense;
+  if (!has_memory) return Reason::unreadable;
+  const Reason unusable = why_device_unusable(p.tensor.device, simd);
+  if (unusable != Reason::fits) return unusable;
+  return same_layout ? Reason::fits : Reason::layout;  // the last: see Reason
+}
+
+std::string in_words(Reason reason, cpu::Simd simd) {
+  switch (reason) {
+    case Reason::fits:
+      return "fits";
+    case Reason::subclass:
+      return "it is a subclass of torch.Tensor";
+    case Reason::unreadable:
+      return "its memory can't be read";
+    case Reason::device:
+      return "it is neither on a CPU nor on a CUDA device";
+    case Reason::dtype:
+      return "its dtype is none of float32, float64, bfloat16 and float16";
+    case Reason::mixed:
+      return "its gradient, momentum buffer or master weight has another shape, device or dtype";
+    case Reason::not_dense:
+      return "it is not dense: it has gaps, overlaps or repeats in memory";
+    case Reason::no_cuda:
+      return "its CUDA device can't be used";
+    case Reason::no_cpu:
+      return cpu::why_unusable(simd);
+    default:
+      return "its gradient, momentum buffer or master weight has another memory layout";
+  }
+}
+
+// Adds operands to the batch of their device and storage.
+void add(std::vector<Batch>& batches, const dlpack::Device& device, Storage storage,
+         const Operands& operands) {
+  const auto belongs = [&](const Batch& batch) {
+    return batch.storage == storage && batch.device.device_type == device.device_type &&
+           batch.device.device_id == device.device_id;
+  };
+  const auto found = std::find_if(batches.begin(), batches.end(), belongs);
+  Batch& batch = found == batches.end() ? batches.emplace_back(Batch{device, storage, {}}) : *found;
+  batch.operands.push_back(operands);
+}
+
+}  // namespace
+
+TensorReader::TensorReader(TensorDescriber describer, py::object tensor_type,
+                           py::object parameter_type)
+    : describer_(std::move(describer)),
+      tensor_type_(std::move(tensor_type)),
+      parameter_type_(std::move(parameter_type)) {}
+
+bool TensorReader::is_plain(py::handle tensor) const {
+  const auto type = py::type::handle_of(tensor);
+  return type.is(tensor_type_) || type.is(parameter_type_);
+}
+
+Reading TensorReader::read(const py::list& params, const py::list& grads,
+                           const std::optional<py::list>& momentum_buffers,
+                           const std::optional<py::list>& master_params, int64_t* num_zeros) const {
+  Reading reading;
+  const cpu::Simd simd = cpu::simd_level();  // which another thread may set
+  std::array<py::handle, kRoles> columns;
+  const std::array<const py::list*, kRoles> given = {
+      &params, &grads, momentum_buffers ? &*momentum_buffers : nullptr,
+      master_params ? &*master_params : nullptr};
+  for (size_t role = 0; role < kRoles; ++role) {
+    if (given[role] == nullptr) continue;
+    // A copy: describing a tensor may run Python code that changes the caller's lists.
+    reading.tensors.push_back(
+        py::reinterpret_steal<py::list>(PyList_GetSlice(given[role]->ptr(), 0, PY_SSIZE_T_MAX)));
+    columns[role] = reading.tensors.back();
+    if (!columns[role]) throw py::error_already_set();
+    if (reading.tensors.back().size() != reading.tensors.front().size()) {
+      throw std::invalid_argument("the lists must be of one length");
+    }
+  }
+  Row row;
+  const auto describe = [&](Py_ssize_t i) {
+    for (size_t role = 0; role < kRoles; ++role) {
+      row.tensors[role] = columns[role] ? PyList_GET_ITEM(columns[role].ptr(), i) : nullptr;
+    }
+    for (const py::handle tensor : row.tensors) {
+      if (tensor && !is_plain(tensor)) return Reason::subclass;
+    }
+    for (size_t role = 0; role < kRoles; ++role) {
+      const py::handle tensor = row.tensors[role];
+      if (tensor && !describer_.view(tensor, &row.views[role])) return Reason::unreadable;
+    }
+    return Reason::fits;
+  };
+  const auto count = static_cast<Py_ssize_t>(reading.tensors.front().size());
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    Storage storage{};
+    Operands operands{};
+    Reason reason = describe(i);
+    if (reason == Reason::fits) reason = compare(row, simd, &storage, &operands);
+    if (reason != Reason::fits) {
+      reading.rejections.push_back({i, reason, in_words(reason, simd)});
+    } else if (operands.numel > 0) {
+      if (num_zeros != nullptr) operands.num_zeros = num_zeros + i;
+      add(reading.batches, row.views[kParam].tensor.device, storage, operands);
+    }
+  }
+  return reading;
+}
+
+}  // namespace prox_sgd
