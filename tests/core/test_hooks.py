@@ -10,7 +10,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from resnet_reg_ext import ProxSGD, _hooks
+from resnet_reg_ext import ProxSGD
 
 KINDS = {"ours": partial(ProxSGD, l1=0.0), "torch": torch.optim.SGD}
 
@@ -20,10 +20,6 @@ def optimizer(request):
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     return KINDS[request.param]([p], lr=0.5, momentum=0.9, weight_decay=0.0)
-
-
-def test_this_torch_has_what_the_quick_way_needs():
-    assert _hooks.KNOWN
 
 
 def test_hooks_of_all_kinds_run_in_the_order_of_torch(optimizer):
@@ -143,11 +139,7 @@ def test_an_error_in_the_step_leaves_no_range_open():
     assert steps[0].end <= steps[1].start
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_subclass_with_a_step_of_its_own(monkeypatch, known):
-    """Also with a torch that lacks what the quick way needs."""
-    monkeypatch.setattr(_hooks, "KNOWN", known)
-
+def test_a_subclass_with_a_step_of_its_own():
     class Halving(ProxSGD):
         def step(self, closure=None):
             with torch.no_grad():

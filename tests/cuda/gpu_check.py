@@ -1,7 +1,7 @@
 """Checks a machine's GPU and writes one report to attach to an issue.
 
-Runs tests/cuda/test_cuda.py (compute-sanitizer included, where installed) and the GPU benchmarks. On a
-machine without a GPU it says so in the same report and exits with 1.
+Runs tests/cuda/test_cuda.py (compute-sanitizer included, where installed) and the GPU benchmarks.
+On a machine without a GPU it says so in the same report and exits with 1.
 
     python tests/cuda/gpu_check.py [--out FILE] [--no-benchmarks]
 """

@@ -1,7 +1,7 @@
 """Counts the instructions of the native step on a small input and compares with committed figures.
 
-``python tests/gates/instructions.py`` fails where a figure is exceeded by more than 3 %; ``--update``
-records new ones. Counts are the same on a busy machine and on a quiet one, but belong to a
+``python tests/gates/instructions.py`` fails where a figure is exceeded by more than 3 %;
+``--update`` records new ones. Counts are the same on a busy machine, but belong to a
 compiler: with another one nothing is compared. Needs valgrind.
 
 Only what the native module itself executes is counted. Python around it takes another number of

@@ -1,7 +1,7 @@
 """What the CUDA kernels take: registers, and launches and parameter bytes for ResNet-50.
 
-``python tests/gates/kernel_figures.py`` writes bench/results/kernels.json, which the suite holds the
-kernels to. Registers are ptxas's, so they belong to a release of it.
+``python tests/gates/kernel_figures.py`` writes bench/results/kernels.json, which the suite holds
+the kernels to. Registers are ptxas's, so they belong to a release of it.
 """
 
 from __future__ import annotations

@@ -82,10 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "| --- | --- |",
         *rows,
         "",
-        f"`pytest {' '.join(SELECTED[:-1])} '{SELECTED[-1]}'`: not what needs a GPU, torchvision or "
-        "other people's programs, which bring a torch of their own, and what doesn't depend on "
-        f"torch. `{FSDP}` is left out on {' and '.join(WITHOUT_FSDP)}, where FSDP2 doesn't run on a "
-        "CPU.",
+        f"`pytest {' '.join(SELECTED[:-1])} '{SELECTED[-1]}'`: not what needs a GPU, torchvision "
+        "or other people's programs, which bring a torch of their own, and what doesn't depend on "
+        f"torch. `{FSDP}` is left out on {' and '.join(WITHOUT_FSDP)}, where FSDP2 doesn't run on "
+        "a CPU.",
         "",
     ]
     (ROOT / "docs").mkdir(exist_ok=True)

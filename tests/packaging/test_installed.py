@@ -139,7 +139,7 @@ def test_public_names():
 
 def test_a_device_that_cannot_be_used_is_warned_of_once_with_the_reason(monkeypatch):
     """Asked of a device that there is on no machine, so of one with a GPU too."""
-    monkeypatch.setattr(_native, "_warned", set())
+    monkeypatch.setattr(native, "_warned", set())
     device = torch.device("cuda:99")
     why = native.why_cuda_unusable(device.index)
     assert why
