@@ -5,8 +5,9 @@ from importlib.metadata import version as _version
 from . import functional
 from .param_groups import param_groups
 from .prox_sgd import ProxSGD
-from .schedules import L1Scheduler, TargetSparsity
+from .schedules import L1Scheduler
 from .sparsity import LayerSparsity, Sparsity, sparsity
+from .target_sparsity import TargetSparsity
 
 __version__ = _version("resnet_reg_ext")
 __all__ = [

@@ -1,4 +1,4 @@
-"""From a model to parameter groups: what is regularised and what is not."""
+"""From a model to parameter groups: which parameters are regularised and which are not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,26 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .scale_invariance import scale_invariant_parameters
+
+# Layers whose "weight" is a weight whatever its shape, as of a layer with one output.
+_WEIGHT_LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
 
 
 def param_groups(
@@ -15,12 +35,33 @@ def param_groups(
     l1: float = 1e-5,
     weight_decay: float = 1e-4,
     exclude: str | Sequence[str] = (),
+    include: str | Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Splits a model's parameters into a regularised and an unregularised group.
+    r"""Splits a model's parameters into a regularised and an unregularised group.
 
-    The parameters of normalisation layers (any module whose class name holds "norm"), biases, and
-    what ``exclude`` names get ``l1=0`` and ``weight_decay=0``: shrinking them takes a layer's scale
-    or offset away and saves nothing. All other parameters get ``l1`` and ``weight_decay``.
+    Weights get ``l1`` and ``weight_decay``. These get ``l1=0`` and ``weight_decay=0``, as shrinking
+    them takes a layer's scale, slope or offset away and saves nothing:
+
+    - the parameters of normalisation layers: any module whose class name holds "norm";
+    - biases: "bias" is a word of the name, as in ``in_proj_bias``;
+    - scales, slopes and tokens, told by shape: at most one axis is longer than 1, as in (C,),
+      (C, 1, 1) or (1, 1, C), or there are three or more axes and the first has length 1, which is
+      that of the batch, as in a ViT's position embedding of (1, N, C). So are PReLU's slopes,
+      ConvNeXt's ``layer_scale``, CLIP's ``logit_scale``, ReZero's ``alpha`` and class tokens. The
+      ``weight`` of torch's linear, convolutional, recurrent, attention and embedding layers, or of
+      a class derived from them, is a weight in any shape;
+    - what the model itself names: by a method ``no_weight_decay()``, as timm's models have, or by
+      an attribute ``_no_weight_decay`` of the parameter, as Mamba's have;
+    - what ``exclude`` names.
+
+    ``include`` names parameters that are regularised in spite of all this, but for ``exclude``.
+
+    Never regularised is a parameter whose length a parametrization divides out, such as the
+    direction v of weight normalisation, g·v/\|v\|, or the weight below spectral normalisation: v
+    would come to exactly 0, and the weight to 0/0. Weight normalisation's magnitude g stands for
+    the weight instead. Parametrizations of ``torch.nn.utils.parametrize`` are tried out on a copy,
+    torch's own and others: what they make of a parameter v doesn't change when v is doubled. The
+    older ``torch.nn.utils.weight_norm`` and ``spectral_norm`` are told by their class.
 
     A parameter that is used in several places is in one group, the unregularised one if any of its
     places is. Frozen parameters are included; an optimizer passes over them until they have a
@@ -31,6 +72,7 @@ def param_groups(
         l1: coefficient for the regularised group.
         weight_decay: coefficient for the regularised group.
         exclude: a shell-style pattern of full parameter names, such as ``"fc.*"``, or several.
+        include: the same, for parameters to regularise that would not be.
 
     Returns:
         One or two groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
@@ -38,6 +80,10 @@ def param_groups(
     Raises:
         TypeError: ``model`` is no module.
         ValueError: the model has no parameters, or a pattern matches none of their names.
+
+    Warns:
+        UserWarning: a parametrization can't be tried out; its parameters are told by name and
+            shape.
 
     Example:
         >>> optimizer = ProxSGD(param_groups(model, l1=1e-5, weight_decay=1e-4), lr=0.1)
@@ -47,26 +93,24 @@ def param_groups(
             f"param_groups: model is a {type(model).__name__}: must be a module, whose layers tell "
             "which parameters to regularise"
         )
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    unmatched = set(exclude)
+    excluded, included = _Patterns("exclude", exclude), _Patterns("include", include)
     names: dict[nn.Parameter, str] = {}
-    unregularised: set[nn.Parameter] = set()
+    never, unless_included, wanted = scale_invariant_parameters(model), set(), set()
     modules = dict(model.named_modules(remove_duplicate=False))
+    named_by_model = _names_without_weight_decay(modules)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, name)
-        # What torch.nn.utils.parametrize computes "weight" from is "parametrizations.weight.…".
-        path = name.split(".")
-        end = path.index("parametrizations") if "parametrizations" in path[:-2] else len(path) - 1
-        leaf = path[-1] if end == len(path) - 1 else path[end + 1]
-        is_norm = "norm" in type(modules[".".join(path[:end])]).__name__.lower()
-        matching = [pattern for pattern in exclude if fnmatchcase(name, pattern)]
-        unmatched.difference_update(matching)
-        if is_norm or "bias" in leaf.split("_") or matching:
-            unregularised.add(parameter)
+        if excluded.match(name):
+            never.add(parameter)
+        if included.match(name):
+            wanted.add(parameter)
+        if name in named_by_model or not _is_weight(name, parameter, modules):
+            unless_included.add(parameter)
     if not names:
         raise ValueError("param_groups: the model has no parameters")
-    if unmatched:
-        raise ValueError(f"param_groups: exclude matches no parameter: {sorted(unmatched)}")
+    excluded.check_all_matched()
+    included.check_all_matched()
+    unregularised = never | (unless_included - wanted)
     groups = []
     for chosen, options in (
         (False, {"l1": l1, "weight_decay": weight_decay}),
@@ -76,3 +120,68 @@ def param_groups(
         if members:
             groups.append({"params": members, **options})
     return groups
+
+
+class _Patterns:
+    """Shell-style patterns of parameter names that must each match one."""
+
+    def __init__(self, argument: str, patterns: str | Sequence[str]) -> None:
+        self._argument = argument
+        self._patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        self._unmatched = set(self._patterns)
+
+    def match(self, name: str) -> bool:
+        matching = [pattern for pattern in self._patterns if fnmatchcase(name, pattern)]
+        self._unmatched.difference_update(matching)
+        return bool(matching)
+
+    def check_all_matched(self) -> None:
+        if self._unmatched:
+            raise ValueError(
+                f"param_groups: {self._argument} matches no parameter: {sorted(self._unmatched)}"
+            )
+
+
+def _is_weight(name: str, parameter: nn.Parameter, modules: dict[str, nn.Module]) -> bool:
+    """Whether this place of a parameter, by its module, name and shape, is that of a weight."""
+    path = name.split(".")
+    leaf = path[-1]
+    owner = modules[".".join(path[:-1])]
+    if "parametrizations" in path[:-2]:
+        # "layer.parametrizations.weight.original0" is judged as "layer.weight". A parameter of the
+        # parametrization itself, "layer.parametrizations.weight.0.scale", is judged as what it is
+        # there, but nothing of a bias or of a norm is a weight.
+        at = path.index("parametrizations")
+        target, layer = path[at + 1], modules[".".join(path[:at])]
+        if _is_bias_or_norm(target, layer):
+            return False
+        if len(path) == at + 3:
+            leaf, owner = target, layer
+    if getattr(parameter, "_no_weight_decay", False) or _is_bias_or_norm(leaf, owner):
+        return False
+    if isinstance(owner, _WEIGHT_LAYERS) and "weight" in leaf.split("_"):
+        return True
+    # A lazy module's parameter has no shape yet, and the one flat parameter that FSDP makes of many
+    # (use_orig_params=False) has lost theirs.
+    if is_lazy(parameter) or getattr(parameter, "_is_flat_param", False):
+        return True
+    is_vector = sum(size > 1 for size in parameter.shape) <= 1
+    is_broadcast_over_the_batch = parameter.ndim >= 3 and parameter.shape[0] == 1
+    return not is_vector and not is_broadcast_over_the_batch
+
+
+def _is_bias_or_norm(leaf: str, module: nn.Module) -> bool:
+    return "bias" in leaf.split("_") or "norm" in type(module).__name__.lower()
+
+
+def _names_without_weight_decay(modules: dict[str, nn.Module]) -> set[str]:
+    """Full names that the modules' own ``no_weight_decay()`` gives, which may be patterns."""
+    found: set[str] = set()
+    for prefix, module in modules.items():
+        method = getattr(module, "no_weight_decay", None)
+        if callable(method):
+            patterns = tuple(method())
+            for name, _ in module.named_parameters(remove_duplicate=False):
+                if any(fnmatchcase(name, pattern) for pattern in patterns):
+                    found.add(f"{prefix}.{name}" if prefix else name)
+    return found

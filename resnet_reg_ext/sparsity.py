@@ -1,9 +1,9 @@
-"""What is exactly zero, layer by layer."""
+"""Counts of exact zeros, layer by layer."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ class LayerSparsity:
     l1: float | None = None
     """The L1 coefficient of its group, where it was counted through an optimizer."""
     regularised: bool | None = None
-    """Whether that is above 0, or was before a schedule took it there; None where not known."""
+    """Whether l1 is above 0, or was before a schedule took it to 0; None where not known."""
 
     @property
     def fraction(self) -> float:
@@ -100,9 +100,9 @@ class Sparsity:
 def sparsity(source: nn.Module | Optimizer) -> Sparsity:
     """Counts the exact zeros of a model's or an optimizer's parameters.
 
-    Reads every parameter once, but for those that a ``ProxSGD`` with ``track_sparsity`` has counted
-    in its last step; +0 and -0 both count. Shared parameters are counted once. Of DTensors each
-    process counts its part, and the counts are summed: all processes must call this.
+    Reads every parameter once, whatever an optimizer has counted before; +0 and -0 both count.
+    Shared parameters are counted once. Of DTensors each process counts its part, and the counts
+    are summed: all processes must call this.
 
     Args:
         source: a module, or an optimizer, whose groups' ``l1`` is then known too.
@@ -110,10 +110,22 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
     Raises:
         TypeError: the source is neither.
     """
+    return count(source, {})
+
+
+def count(source: nn.Module | Optimizer, known: Mapping[Tensor, Tensor]) -> Sparsity:
+    """As :func:`sparsity`, but with the counts that are known of some parameters already.
+
+    Args:
+        source: a module or an optimizer.
+        known: for some of the parameters, their number of zeros, as a 0-dimensional int64 tensor;
+            these parameters are not read.
+
+    Raises:
+        TypeError: the source is neither.
+    """
     named = list(_parameters(source))
     with torch.no_grad():
-        tracked: Any = getattr(source, "_zeros_known", None)
-        known: dict[Tensor, Tensor] = {} if tracked is None else tracked()
         counts = [
             known[p] if p in known else count_zeros(dtensor.countable(p.detach()))
             for _, p, *_ in named
@@ -129,7 +141,7 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
 
 
 def _to_host(counts: list[Tensor]) -> list[int]:
-    """The counts as numbers, by one transfer a device and not one a count."""
+    """The counts as numbers, with one transfer for each device."""
     members: dict[torch.device, list[int]] = {}
     for i, count in enumerate(counts):
         members.setdefault(count.device, []).append(i)
@@ -143,27 +155,27 @@ def _to_host(counts: list[Tensor]) -> list[int]:
 
 
 def has_l1(group: dict[str, Any]) -> bool:
-    """Whether a group has an L1 coefficient above 0, or had one before a schedule took it there."""
+    """Whether a group's L1 coefficient is above 0, or was before a schedule took it to 0."""
     return float(group.get("l1", 0.0)) > 0 or group.get("initial_l1", 0.0) > 0
 
 
 def _parameters(
     source: nn.Module | Optimizer,
 ) -> Iterator[tuple[str, Tensor, float | None, bool | None]]:
-    """Names and parameters with their group's l1, and whether it has one; None where not known."""
+    """Name, parameter, its group's l1, and whether the group has one; None where not known."""
     if isinstance(source, nn.Module):
         for name, parameter in source.named_parameters():
             yield name, parameter, None, None
     elif isinstance(source, Optimizer):
         # Groups of two models may use one name twice.
-        known = Counter(n for group in source.param_groups for n in group.get("param_names", ()))
+        uses = Counter(n for group in source.param_groups for n in group.get("param_names", ()))
         for g, group in enumerate(source.param_groups):
             names = group.get("param_names", ())
             of_group = float(group.get("l1", 0.0)), has_l1(group)
             for i, parameter in enumerate(group["params"]):
                 name = f"param_groups[{g}]['params'][{i}]"
-                if i < len(names):  # not if one was appended to the group's parameters alone
-                    name = names[i] if known[names[i]] == 1 else f"param_groups[{g}]: {names[i]}"
+                if i < len(names):  # a parameter may be appended to group["params"] without a name
+                    name = names[i] if uses[names[i]] == 1 else f"param_groups[{g}]: {names[i]}"
                 yield name, parameter, *of_group
     else:
         raise TypeError(f"sparsity: {type(source).__name__} is neither a module nor an optimizer")

@@ -138,6 +138,9 @@ def test_moves_l1_as_each_scheduler_of_torch_moves_lr(name):
         assert [optimizer.param_groups[i]["l1"] for i in (0, 2)] == [
             group["lr"] for group in other.param_groups
         ]
+        assert schedule.get_lr() == schedule._last_lr == [g["lr"] for g in other.param_groups]
+        # Not every class of torch has base_lrs.
+        assert schedule.base_lrs == getattr(expected, "base_lrs", schedule.base_lrs)
         metric = [loss_of(number)] if name == "ReduceLROnPlateau" else []
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # such as that the optimizer has not stepped
@@ -371,6 +374,147 @@ def test_what_can_not_be_steered_is_refused(make):
 
 
 # ---------------------------------------------------------------------------------------------
+# Both, to programs that know torch's schedulers
+
+BOTH = {
+    "L1Scheduler": lambda o: L1Scheduler(o, lr_scheduler.StepLR, step_size=2),
+    "TargetSparsity": lambda o: TargetSparsity(o, 0.5, steps=10),
+}
+
+
+@pytest.fixture(params=BOTH)
+def make(request):
+    return BOTH[request.param]
+
+
+def test_has_what_every_scheduler_of_torch_has(make):
+    scheduler = make(optimizer_with(0.1, 0.0, 0.2))
+    theirs = lr_scheduler.LambdaLR(optimizer_with(0.1), lambda epoch: 1.0)
+    of_all = set(dir(theirs)) - {"lr_lambdas", "verbose"}  # verbose is only in older torch
+    assert [name for name in of_all if not hasattr(scheduler, name)] == []
+    assert scheduler.base_lrs == [0.1, 0.2]
+    assert scheduler._step_count == theirs._step_count == 1
+    for _ in range(3):
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert scheduler._step_count == 4
+    assert scheduler.get_lr() == scheduler.get_last_lr() == scheduler.get_last_l1()
+
+
+def test_what_is_about_to_set_lr_to_l1_is_told_how_to_step(make):
+    """This flag is set by torch and others around get_lr, where they set lr to its values."""
+    scheduler = make(optimizer_with(0.1, 0.2))
+    scheduler._get_lr_called_within_step = True
+    with pytest.raises(TypeError, match=r"moves l1: .* step\(\) after each optimizer.step"):
+        scheduler.get_lr()
+    assert scheduler.get_lr() == [0.1, 0.2]
+
+
+@pytest.mark.one_torch
+def test_ignites_wrapper_does_not_set_lr_to_l1(make):
+    handlers = pytest.importorskip("ignite.handlers")
+    scheduler = make(optimizer_with(0.01))
+    wrapper = handlers.LRScheduler(scheduler)
+    with pytest.raises(TypeError, match=r"with pytorch-ignite: trainer.add_event_handler\("):
+        wrapper(None)
+    assert scheduler.optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.one_torch
+def test_ignite_steps_it_as_it_is_told(make):
+    engine = pytest.importorskip("ignite.engine")
+    expected, optimizer = optimizer_with(0.01), optimizer_with(0.01)
+    scheduler = make(optimizer)
+    trainer = engine.Engine(lambda engine, batch: optimizer.step())
+    trainer.add_event_handler(engine.Events.ITERATION_COMPLETED, lambda engine: scheduler.step())
+    trainer.run(range(5))
+    follow(expected, make(expected), 5)
+    assert values(optimizer) == values(expected) != [0.01]
+
+
+@pytest.mark.one_torch
+def test_accelerates_wrapper_counts_the_steps_that_it_leaves_out(make, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    # GradientAccumulationPlugin(adjust_scheduler=True) doesn't come to it, as True is its default.
+    monkeypatch.setitem(accelerator.gradient_state.plugin_kwargs, "adjust_scheduler", True)
+    optimizer = optimizer_with(0.01)
+    model = nn.Linear(1, 1)
+    scheduler = make(optimizer)
+    wrapped, stepper = accelerator.prepare(optimizer, scheduler)
+    for _ in range(4):
+        with accelerator.accumulate(model):
+            wrapped.step()
+            stepper.step()
+    assert (scheduler.last_epoch, scheduler._step_count) == (2, 5)
+    assert stepper.get_lr() == stepper.get_last_lr() == values(optimizer)
+
+
+@pytest.mark.one_torch
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers and loggers
+def test_lightnings_monitor_logs_lr_once_under_the_name_that_both_have(make, tmp_path):
+    """The monitor writes the optimizer's lr, under the name of every scheduler."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 1)
+
+        def training_step(self, batch, index):
+            return self.linear(batch).square().mean()
+
+        def on_train_batch_end(self, *_):
+            _, steering = self.lr_schedulers()
+            self.log("l1", steering.get_last_l1()[0])
+
+        def configure_optimizers(self):
+            optimizer = ProxSGD(self.parameters(), lr=0.1, l1=0.01)
+            both = (lr_scheduler.ExponentialLR(optimizer, 0.5), make(optimizer))
+            return [optimizer], [{"scheduler": s, "interval": "step", "name": "lr"} for s in both]
+
+    monitor = lightning.pytorch.callbacks.LearningRateMonitor()
+    trainer = lightning.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        log_every_n_steps=1,
+        callbacks=[monitor],
+        logger=lightning.pytorch.loggers.CSVLogger(tmp_path),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(4, 2)))
+    assert set(trainer.callback_metrics) == {"lr", "l1"}
+    assert trainer.callback_metrics["lr"] == 0.1 * 0.5**3
+    (optimizer,) = trainer.optimizers
+    assert trainer.callback_metrics["l1"] == torch.tensor(optimizer.param_groups[0]["l1"])
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_state_of_version_0_1_0_is_loaded(name):
+    """It has neither _step_count nor L1Scheduler's base_lrs."""
+    optimizer = optimizer_with(0.01)
+    scheduler = BOTH[name](optimizer)
+    follow(optimizer, scheduler, 3)
+    state = pickle.loads(pickle.dumps(scheduler.state_dict()))
+    keys = {
+        "L1Scheduler": {"groups", "l1", "last_epoch", "schedule"},
+        "TargetSparsity": {
+            *("groups", "last_epoch", "_start_l1", "_reached", "_start_share"),
+            *("_share", "_size", "_slope", "_log_factor"),
+        },
+    }[name]
+    old = {key: state[key] for key in keys}
+    other = optimizer_with(0.01)
+    again = BOTH[name](other)
+    other.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(old)
+    assert again.state_dict() == state
+    assert follow(other, again, 3) == follow(optimizer, scheduler, 3)
+
+
+# ---------------------------------------------------------------------------------------------
 # TargetSparsity
 
 
@@ -509,6 +653,58 @@ def test_a_target_that_is_missed_by_some_points_is_told():
     assert 0.62 < share < 0.68
     (message,) = [str(w.message) for w in caught]
     assert f"after 500 steps {share:.1%} of the weights are zero, not 70.0%" in message
+
+
+def test_tells_whether_the_target_was_reached_also_before_the_last_step():
+    a, optimizer = lasso(0.01)
+    steering = TargetSparsity(optimizer, 0.7, steps=400)
+    assert not steering.reached
+    for share in steer(optimizer, steering, a, 120):
+        assert steering.reached == (abs(share - 0.7) <= 0.02)
+    assert share < 0.68  # as where training is stopped early
+    for share in steer(optimizer, steering, a, 280):
+        assert steering.reached == (abs(share - 0.7) <= 0.02)
+    assert steering.reached
+
+
+def masked(p):
+    p.data = torch.where(torch.arange(p.numel()) % 4 == 0, 0.0, p.data)
+
+
+def averaged(p):
+    p.data.copy_(torch.relu(p.data))
+
+
+def through_numpy(p):
+    p.detach().numpy()[:700] = 0
+
+
+def by_another_process(p):
+    """Hogwild: what shares the memory changes it, as here another tensor on it."""
+    torch.utils.dlpack.from_dlpack(p.data).clamp_(max=0)
+
+
+def loaded(p):
+    nn.ParameterList([p]).load_state_dict({"0": torch.zeros(p.shape)})
+
+
+UNNOTICED = [masked, averaged, through_numpy, by_another_process, loaded]
+
+
+@pytest.mark.parametrize("change", UNNOTICED)
+def test_changes_that_autograd_does_not_see_are_counted(change):
+    p = nn.Parameter(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
+    optimizer = ProxSGD([p], lr=0.1, l1=1e-4, track_sparsity=True)
+    steering = TargetSparsity(optimizer, 0.5, steps=10)
+    p.grad = torch.full((1000,), 0.01)
+    optimizer.step()
+    assert sparsity(optimizer).zeros < 10
+    change(p)
+    steering.step()
+    zeros = int((p == 0).sum())
+    assert zeros > 200
+    assert steering.share == zeros / 1000
+    assert sparsity(optimizer).zeros == zeros
 
 
 def steering_of_two(l1=0.01, steps=300):

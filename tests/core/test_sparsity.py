@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
 from resnet_reg_ext import L1Scheduler, ProxSGD, Sparsity, param_groups, sparsity
+from resnet_reg_ext.sparsity import count
 
 pytestmark = pytest.mark.reads_tensors
 
@@ -183,3 +184,13 @@ def test_a_step_makes_exact_zeros_that_are_counted():
     assert sparsity(optimizer).to_dict()["layers"] == {
         "w": {"zeros": 51, "size": 101, "fraction": 51 / 101}
     }
+
+
+def test_known_counts_are_taken_and_the_others_read():
+    """As ProxSGD.sparsity() does with the counts of its last step."""
+    params = {name: nn.Parameter(torch.zeros(3)) for name in ("first", "second")}
+    optimizer = ProxSGD(params.items())
+    found = count(optimizer, {params["first"]: torch.tensor(2)})
+    assert [(layer.name, layer.zeros) for layer in found.layers] == [("first", 2), ("second", 3)]
+    assert count(optimizer, {}) == sparsity(optimizer)
+    assert sparsity(optimizer).zeros == 6
