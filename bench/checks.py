@@ -54,7 +54,7 @@ class Checker:
     """Compares a row's weights with the reference after its first steps.
 
     The reference is computed once for each set of coefficients, on evenly spaced elements of every
-    tensor, at most some ``most`` of each: the update is elementwise.
+    tensor, about ``most`` of each: the update is elementwise.
     """
 
     def __init__(self, values: Sequence[Tensor], grads: Sequence[Tensor], most: int = 4096) -> None:
