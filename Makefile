@@ -9,7 +9,7 @@ CUDA ?= 1
 BIN := .venv/bin
 OLD := .venv-older/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
-SOURCES := setup.py pyproject.toml $(shell find csrc resnet_reg_ext bench -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+SOURCES := setup.py pyproject.toml $(shell find csrc resnet_reg_ext -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 WHEEL := build/wheel/.done
 
 .PHONY: demo test test-older test-python-reader test-sanitize test-matrix test-aarch64 gpu-check bench bench-quick lint format clean
@@ -71,10 +71,10 @@ gpu-check: .venv/.ready
 	$(BIN)/python tests/cuda/gpu_check.py
 
 bench: .venv/.ready-bench
-	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench
 
 bench-quick: .venv/.ready-bench
-	$(BIN)/python -m bench.run --quick
+	$(BIN)/python -m bench --quick
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

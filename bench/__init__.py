@@ -1,47 +1,13 @@
-"""Benchmarks: what a regularised step costs, against what one would use instead.
+"""Benchmarks: the time of a regularised step against the time of its alternatives.
 
-``python -m bench.run`` from the repository's root measures, prints and writes; ``bench.report``
-turns what was written into the README's table and the plots. The wheel brings the same modules as
-``resnet_reg_ext.bench``, for ``resnet-reg bench``.
+``python -m bench`` in a clone's root measures the installed ``resnet_reg_ext``.
 """
 
-from __future__ import annotations
-
-import os
 import sys
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
-def load_package() -> ModuleType:
-    """Imports the installed ``resnet_reg_ext``, never the source tree that bench/ lies beside.
-
-    As ``resnet_reg_ext.bench`` this is part of it. A source tree has no compiled module unless it
-    was installed with ``pip install -e``; then it is what's installed, and found at the second
-    attempt.
-
-    Raises:
-        ImportError: the package isn't installed, or its native module isn't there.
-    """
-    path = sys.path[:]
-    if __name__ == "bench":
-        sys.path[:] = [p for p in path if Path(os.path.abspath(p)).resolve() != ROOT]
-    try:
-        import resnet_reg_ext
-    except ModuleNotFoundError as error:
-        if error.name != "resnet_reg_ext":
-            raise
-        sys.path[:] = path
-        import resnet_reg_ext
-    finally:
-        sys.path[:] = path
-    from resnet_reg_ext import _native
-
-    if not _native.available():
-        raise ImportError(
-            "what is measured is the native step, but in "
-            f"{Path(resnet_reg_ext.__file__).parent} {_native.missing}"
-        )
-    return resnet_reg_ext
+# `python -m` puts the clone's root on sys.path, where Python would find the source tree before the
+# installed package. bench's own modules are found through bench.__path__.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]

@@ -1,4 +1,4 @@
-"""What is stepped: lists of parameter shapes, and tensors of them."""
+"""Models as lists of parameter shapes, and tensors of those shapes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .keys import FLAT
+
 Shape = tuple[int, ...]
-
-FLAT = "flat25m"
-TITLES = {
-    "resnet50": "ResNet-50",
-    "resnet18": "ResNet-18",
-    "vit_b_16": "ViT-B/16",
-    FLAT: "one flat tensor",
-}
-
-
-class Missing(Exception):
-    """A library that a row needs isn't there; says which."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model's tensors are made."""
+    """Device, dtype and memory format of a model's tensors."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -37,7 +27,7 @@ def shapes(model: str) -> list[Shape]:
     """Shapes of all parameters of a model, in the order in which torchvision has them.
 
     Args:
-        model: a key of TITLES.
+        model: a key of MODELS.
     """
     if model == FLAT:
         return [(25_000_000,)]
@@ -59,13 +49,13 @@ def _residual_network(blocks: Sequence[int], kernels: Sequence[int], expansion: 
     for stage, count in enumerate(blocks):
         width = 64 << stage
         for block in range(count):
-            came = inside
-            for place, kernel in enumerate(kernels):
-                outside = width * (expansion if place == len(kernels) - 1 else 1)
+            block_inside = inside
+            for position, kernel in enumerate(kernels):
+                outside = width * (expansion if position == len(kernels) - 1 else 1)
                 made += convolution(outside, inside, kernel)
                 inside = outside
-            if block == 0 and came != inside:
-                made += convolution(inside, came, 1)
+            if block == 0 and block_inside != inside:
+                made += convolution(inside, block_inside, 1)
     return [*made, (1000, inside), (1000,)]
 
 
@@ -86,13 +76,13 @@ def _vision_transformer(
         *linear(hidden, width),
         *linear(width, hidden),
     ]
-    places = (pixels // patch) ** 2 + 1
-    first: list[Shape] = [(1, 1, width), (width, 3, patch, patch), (width,), (1, places, width)]
+    positions = (pixels // patch) ** 2 + 1
+    first: list[Shape] = [(1, 1, width), (width, 3, patch, patch), (width,), (1, positions, width)]
     return [*first, *(layer * layers), *norm, *linear(1000, width)]
 
 
 def split(elements: int, count: int) -> list[Shape]:
-    """``elements`` elements in ``count`` flat tensors as equal as can be."""
+    """Shapes of ``count`` flat tensors of nearly equal size, ``elements`` elements in all."""
     return [((elements + i) // count,) for i in range(count)]
 
 
@@ -102,7 +92,7 @@ def numel(sizes: Sequence[Shape]) -> int:
 
 
 def tensors(sizes: Sequence[Shape], layout: Layout, scale: float, seed: int) -> list[Tensor]:
-    """Normal random tensors, the same for the same seed whatever the layout."""
+    """Normal random tensors, whose values depend on the seed and not on the layout."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for size in sizes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib
 import platform
 import sys
 from collections.abc import Sequence
@@ -96,39 +95,21 @@ def _recipe(command: str, arguments: Sequence[str]) -> int:
     return commands.main(command, arguments)
 
 
-def _bench(arguments: Sequence[str]) -> int:
-    """Runs the benchmarks, which are a package of their own in the source tree."""
-    try:
-        command = importlib.import_module(".bench.command", __package__)
-    except ImportError as error:
-        print(f"resnet-reg bench: {error}", file=sys.stderr)
-        return 2
-    code: int = command.main(arguments)
-    return code
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="resnet-reg",
-        description="Regularised, sparse ResNet-50s: what is installed, what a step costs, and a "
-        "training recipe. `resnet-reg COMMAND --help` tells more of a command.",
+        description="Regularised, sparse ResNet-50s: what is installed, and a training recipe. "
+        "`resnet-reg COMMAND --help` tells more of a command.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is built and usable here, and why something is not")
-    commands.add_parser(
-        "bench",
-        help="what a step costs on this machine, against what else there is",
-        add_help=False,
-    )
     for name, text in _RECIPE.items():
         commands.add_parser(name, help=text, add_help=False)
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command in _RECIPE:
         return _recipe(chosen.command, rest)
-    if chosen.command == "bench":
-        return _bench(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(info())

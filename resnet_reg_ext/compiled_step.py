@@ -9,19 +9,16 @@ as tensors, and not into what ``_init_group`` returns.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import state
 from .backends import dtensor
+from .backends.device_values import DeviceValues
 from .backends.op import prox_sgd_step
 from .options import to_number
-
-if TYPE_CHECKING:
-    from .backends.device_values import DeviceValues
-    from .prox_sgd import ProxSGD
 
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "l1", "initial_lr", "initial_l1")
 _CHOICES = ("nesterov", "l2_mode", "maximize", "frozen_zeros", "fused", "capturable")
@@ -30,7 +27,7 @@ NOT_IN_A_GRAPH = ""
 
 
 def init_group(
-    optimizer: ProxSGD,
+    optimizer: Any,
     group: dict[str, Any],
     index: int,
     params: list[Tensor],
@@ -97,12 +94,12 @@ def _tensors_of(group: dict[str, Any]) -> list[Tensor]:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside(optimizer: ProxSGD, grad_coefficient: Tensor | None) -> None:
+def _outside(optimizer: Any, grad_coefficient: Tensor | None) -> None:
     optimizer._step(grad_coefficient)
 
 
 @torch.no_grad()
-def step(optimizer: ProxSGD, values: DeviceValues) -> None:
+def step(optimizer: Any, values: DeviceValues) -> None:
     """What torch.compile sees of a step."""
     parts: list[str] = []
     every: tuple[list[Any], ...] = ([], [], [], [], [])

@@ -15,7 +15,7 @@ from .backends import dispatch, dtensor, native
 from .backends.bucket import Bucket, Run, Skip
 from .backends.device_values import DeviceValues, to_float32
 from .options import Options, one_element, to_number
-from .sparsity import Sparsity, has_l1, sparsity
+from .sparsity import Sparsity, count, has_l1
 from .tracked_zeros import TrackedZeros
 
 _Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -254,7 +254,7 @@ class ProxSGD(Optimizer):
         after a step inside ``torch.compile``, and DTensors. Changes through ``p.data`` raise no
         version: after those, call ``resnet_reg_ext.sparsity(optimizer)``, which always counts.
         """
-        return sparsity(self)
+        return count(self, self._zeros_known())
 
     @overload
     def step(

@@ -40,7 +40,8 @@ def collect(
     """
     params: list[Tensor] = []
     grads: list[Tensor] = []
-    for param in group["params"]:
+    # A copy: another thread may change the list wherever torch lets it run.
+    for param in list(group["params"]):
         grad = param.grad
         if grad is not None:
             params.append(param)

@@ -62,7 +62,6 @@ class Classifier(pl.LightningModule):
             groups,
             lr=self.run.lr,
             momentum=self.run.momentum,
-            track_sparsity=target is not None,  # counted in the step's own pass
         )
         steps = int(self.trainer.estimated_stepping_batches)
         schedules: list[LRScheduler] = [CosineAnnealingLR(optimizer, steps)]

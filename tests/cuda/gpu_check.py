@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("Tests", [sys.executable, "-m", "pytest", "-ra", "tests/cuda/test_cuda.py"]),
     ]
     if gpu and not options.no_benchmarks:
-        parts.append(("Benchmarks", [sys.executable, "-m", "bench.run", "--device", "cuda"]))
+        parts.append(("Benchmarks", [sys.executable, "-m", "bench", "--device", "cuda"]))
     texts, codes = [], []
     for title, command in parts:
         text, code = section(title, command)

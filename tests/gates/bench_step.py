@@ -1,7 +1,7 @@
 """The step under pytest-benchmark: ``pytest tests/gates/bench_step.py --benchmark-only``.
 
-The rows of ``bench.run``, without its interleaving: good for watching one of them, while ratios
-are better taken from ``bench.run``.
+The rows of ``python -m bench`` without its interleaving: to watch a single row. Ratios of rows are
+better taken from ``python -m bench``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark isn't installed")
 
-from resnet_reg_ext.bench import measure, models, run
-from resnet_reg_ext.bench.baselines import BASELINES, COMPILED
+from bench import measure, models, plan, tables
+from bench.baselines import BASELINES, COMPILED
+from bench.steps import UnavailableError
 
 DEVICES = (
     "cpu",
@@ -24,21 +25,21 @@ DEVICES = (
         marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
     ),
 )
-# Compiling takes a minute a row: bench.run has those.
+# Compiling takes a minute a row: only `python -m bench` has those.
 ROWS = [key for key in BASELINES if key not in COMPILED]
 
 
 @functools.lru_cache(maxsize=1)
-def inputs(model: str, layout: models.Layout) -> run.Inputs:
-    return run.Inputs(models.shapes(model), layout)
+def inputs(model: str, layout: models.Layout) -> tables.Inputs:
+    return tables.Inputs(models.shapes(model), layout)
 
 
-def measured(benchmark: Any, key: str, made: run.Inputs, device: str, rounds: int) -> None:
+def measured(benchmark: Any, key: str, made: tables.Inputs, device: str, rounds: int) -> None:
     """Checks a row and times it."""
     try:
-        step, checked = run.prepare(BASELINES[key], made)
-    except models.Missing as missing:
-        pytest.skip(str(missing))
+        step, checked = tables.prepare(BASELINES[key], made)
+    except UnavailableError as error:
+        pytest.skip(str(error))
     wait = measure.synchronise(device) or (lambda: None)
 
     def work() -> None:
@@ -57,7 +58,7 @@ def test_resnet50(benchmark: Any, key: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("key", run.FEW)
+@pytest.mark.parametrize("key", plan.FEW)
 @pytest.mark.parametrize("layout", ["bfloat16", "channels_last"])
 def test_layouts(benchmark: Any, key: str, layout: str, device: str) -> None:
     benchmark.group = f"ResNet-50, {layout}, {device}"
@@ -71,4 +72,4 @@ def test_layouts(benchmark: Any, key: str, layout: str, device: str) -> None:
 def test_host_time(benchmark: Any, key: str, device: str) -> None:
     """161 tensors of one element."""
     benchmark.group = f"host time, {device}"
-    measured(benchmark, key, run.Inputs([(1,)] * 161, models.Layout(device)), device, rounds=200)
+    measured(benchmark, key, tables.Inputs([(1,)] * 161, models.Layout(device)), device, rounds=200)

@@ -70,7 +70,7 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 def clean_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sources alone, as a clone has them, in a folder whose name isn't the easiest."""
     folder = tmp_path_factory.mktemp("a clone: of it")
-    for name in ("csrc", "resnet_reg_ext", "bench"):
+    for name in ("csrc", "resnet_reg_ext"):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
         )
@@ -142,7 +142,6 @@ def test_a_source_distribution_builds_into_a_wheel_without_litter(
         and not (n.startswith("resnet_reg_ext/") and n.endswith((".py", "py.typed")))
     ]
     assert stray == []
-    assert "resnet_reg_ext/bench/command.py" in names
     assert sum(n.startswith("resnet_reg_ext/_C.") for n in names) == 1
 
 

@@ -1,0 +1,10 @@
+"""Keys and titles that measuring and reporting share; a report needs no torch."""
+
+OURS = "prox"
+FLAT = "flat25m"
+MODELS = {
+    "resnet50": "ResNet-50",
+    "resnet18": "ResNet-18",
+    "vit_b_16": "ViT-B/16",
+    FLAT: "one flat tensor",
+}

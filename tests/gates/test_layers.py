@@ -1,0 +1,88 @@
+"""Imports of the package point down, and never in a circle (docs/architecture.md)."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import resnet_reg_ext
+
+PACKAGE = Path(resnet_reg_ext.__file__).parent
+
+# From the ground up. A module imports from the layers below its own and, within its layer, nothing.
+LAYERS = [
+    {"options", "scale_invariance"},
+    {"backends.bucket"},
+    {"backends.checks", "backends.device_values"},
+    {"backends.dtensor", "backends.native", "backends.pure"},
+    {"backends.dispatch"},
+    {"backends.op", "functional", "sparsity", "state", "tracked_zeros"},
+    {"checkpoints", "compiled_step", "group_checks"},
+    {"prox_sgd"},
+    {"param_groups", "schedules"},
+    {"target_sparsity"},
+    {""},  # resnet_reg_ext itself: the public names
+    {"cli", "recipe"},
+]
+
+
+def name_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(module):
+    """The package's modules that a module imports, at whatever depth in its code."""
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    package = [part for part in package if part]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = package[: len(package) - (node.level - 1)]
+        base += node.module.split(".") if node.module else []
+        for alias in node.names:
+            inner = ".".join([*base, alias.name])
+            found.add(inner if inner in MODULES else ".".join(base))
+    return found - {module}
+
+
+def layer_of(module):
+    """The layer's number; the recipe is a layer as a whole."""
+    names = {module, module.split(".")[0]} if module.startswith("recipe") else {module}
+    return next((number for number, layer in enumerate(LAYERS) if layer & names), None)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "backends"])
+def test_a_module_imports_from_lower_layers_only(module):
+    assert layer_of(module) is not None, f"{module} has no layer: see docs/architecture.md"
+    for imported in imports_of(module):
+        if module.startswith("recipe") and imported.startswith("recipe"):
+            continue
+        assert layer_of(imported) is not None, f"{module} imports all of {imported}"
+        assert layer_of(imported) < layer_of(module), f"{module} imports {imported}"
+
+
+def test_there_is_no_circle():
+    graph = {module: imports_of(module) for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_every_module_that_has_a_layer_exists():
+    named = set().union(*LAYERS)
+    assert {name for name in named if name not in MODULES} == set()
+
+
+def test_imports_are_found():
+    """Or the tests above would pass on anything."""
+    assert "backends.dispatch" in imports_of("functional")
+    assert {"state", "backends.native", "compiled_step"} <= imports_of("prox_sgd")
+    assert any(imports_of(module) for module in MODULES if module.startswith("recipe."))
