@@ -65,7 +65,7 @@ class ProxSGD(Optimizer):
         fused: None takes the native kernel, one pass over memory, for every tensor that it can take
             and pure PyTorch for the others; True raises where it can't; False always takes pure
             PyTorch (default: None). The bits are the same, on a CPU with AVX2; on others torch
-            rounds a sum with a factor twice.
+            rounds a sum with a factor twice, as it does everywhere for a gradient of stride 0.
         capturable: the step may be captured in a CUDA graph: an ``lr`` or ``l1`` that is a CUDA
             tensor is then followed by the graph, and what would need the host to wait raises
             (default: False).

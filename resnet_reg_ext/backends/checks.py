@@ -137,8 +137,8 @@ def check_no_shared_memory(params: Iterable[tuple[Tensor, Callable[[], str]]]) -
             for other in open_rows:
                 if _share_elements(other[2], row[2]):
                     raise ValueError(
-                        f"{row[3]()}: shares memory with {other[3]()}: list one of them, or give "
-                        "one its own memory by .clone()"
+                        f"{row[3]()}: shares memory with {other[3]().removeprefix('ProxSGD: ')}: "
+                        "list one of them, or give one its own memory by .clone()"
                     )
             open_rows.append(row)
 

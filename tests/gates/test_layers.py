@@ -23,7 +23,8 @@ LAYERS = [
     {"param_groups", "schedules"},
     {"target_sparsity"},
     {""},  # resnet_reg_ext itself: the public names
-    {"cli", "recipe"},
+    {"recipe"},
+    {"cli"},
 ]
 
 
