@@ -112,20 +112,7 @@ def prepare(
 
     ``values`` are read on the parameters' CUDA devices when the kernel runs.
     """
-    native_options = _C.Options(
-        lr=options.lr,
-        momentum=options.momentum,
-        dampening=options.dampening,
-        weight_decay=options.weight_decay,
-        l1=options.l1,
-        nesterov=options.nesterov,
-        maximize=options.maximize,
-        proximal=options.proximal,
-        frozen_zeros=options.frozen_zeros,
-        grad_scale=options.grad_scale,
-        grad_coefficient=options.grad_coefficient,
-        first_step=bucket.first_step,
-    )
+    native_options = _C.Options(**vars(options), first_step=bucket.first_step)
     on_devices = {}
     if values:
         for device in {param.device for param in bucket.params}:
