@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -38,14 +39,12 @@ def collect(
         state: the optimizer's.
         momentum: whether the group's momentum is above 0.
     """
-    params: list[Tensor] = []
-    grads: list[Tensor] = []
     # A copy: another thread may change the list wherever torch lets it run.
-    for param in list(group["params"]):
-        grad = param.grad
-        if grad is not None:
-            params.append(param)
-            grads.append(grad)
+    params: list[Tensor] = list(group["params"])
+    grads: list[Any] = [p.grad for p in params]
+    if NoneType in set(map(type, grads)):
+        params = [p for p, g in zip(params, grads, strict=True) if g is not None]
+        grads = [g for g in grads if g is not None]
     if not params:
         return []
     whole = Bucket(params, grads, None, None, False, partial(_name_of, group, index, params))
@@ -62,6 +61,9 @@ def _divide(
 ) -> list[Bucket]:
     """A bucket for each combination of first step or not, and master weight or not."""
     buffers: list[Any] = [of_param.get(MOMENTUM_BUFFER) for of_param in states]
+    if not group["master_weights"] and not (momentum and NoneType in set(map(type, buffers))):
+        whole.momentum_buffers = buffers if momentum else None
+        return [whole]
     masters: list[Any] = [None] * len(states)
     with_master: set[int] = set()
     if group["master_weights"]:
@@ -111,7 +113,9 @@ def create_missing(bucket: Bucket, group: Mapping[str, Any]) -> None:
         (MOMENTUM_BUFFER, bucket.momentum_buffers, new_momentum_buffer),
         (MASTER_WEIGHT, bucket.master_params, new_master),
     ):
-        for i, value in enumerate(values or ()):
+        if values is None or NoneType not in set(map(type, values)):
+            continue
+        for i, value in enumerate(values):
             if value is None:
                 created = make(group, bucket.params[i])
                 values[i] = created

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..options import Options
 from . import dtensor, native, pure
 from .bucket import Bucket, Run, Skip
-from .checks import check_not_negated, check_operands
+from .checks import check_operands
 from .device_values import DeviceValues, is_capturing
 
 
@@ -53,14 +53,15 @@ def prepare(
             "instead"
         )
     shards = bucket
-    if dtensor.has_dtensors(*bucket.lists()):
+    if dtensor.has_dtensors(bucket.params):
         shards = dtensor.local_bucket(bucket)
-    ready = _normalise(shards)
+    ready = _resolve_negation(shards)
     if may_be_native(fused):
         run = _prepare_native(ready, options, fused, values)
     else:
         why = "the step runs on the host or in pure PyTorch"
         known = _read_values(values, options, ready, why)
+        _refuse_stray_dtensors(ready)
         run = known if isinstance(known, Skip) else pure.prepare(ready, known)
     if isinstance(run, Skip) or shards is bucket:
         return run
@@ -79,30 +80,21 @@ def may_be_native(fused: bool | None) -> bool:
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
-def _normalise(bucket: Bucket) -> Bucket:
-    """Resolves lazily negated gradients; refuses negated tensors that a step writes to.
+def _resolve_negation(bucket: Bucket) -> Bucket:
+    """Resolves lazily negated gradients.
 
     DLPack doesn't tell of lazy negation, and torch's copies to another dtype may forget it.
+    Parameters and state are checked when they are added or loaded.
     """
-    for key, tensors in (
-        ("the parameter", bucket.params),
-        ("momentum_buffer", bucket.momentum_buffers),
-        ("master_weight", bucket.master_params),
-    ):
-        if tensors and _any_negated(tensors):
-            for i, tensor in enumerate(tensors):
-                if isinstance(tensor, Tensor):
-                    check_not_negated(tensor, key, partial(bucket.name, i))
-    if _any_negated(bucket.grads):
-        bucket = bucket.replace(grads=[g.resolve_neg() for g in bucket.grads])
+    if any(map(Tensor.is_neg, bucket.grads)):
+        return bucket.replace(grads=[g.resolve_neg() for g in bucket.grads])
     return bucket
 
 
-def _any_negated(tensors: Sequence[Any]) -> bool:
-    try:
-        return any(map(torch.is_neg, tensors))
-    except TypeError:  # state that isn't a tensor, which is refused by name later
-        return any(isinstance(t, Tensor) and t.is_neg() for t in tensors)
+def _refuse_stray_dtensors(bucket: Bucket) -> None:
+    """Refuses a gradient or state that is a DTensor where the parameter is an ordinary tensor."""
+    if dtensor.has_dtensors(*bucket.lists()):
+        dtensor.local_bucket(bucket)
 
 
 def _prepare_native(
@@ -142,6 +134,7 @@ def _prepare_split(
     bucket: Bucket, options: Options, fused: bool | None, misfits: Sequence[Any]
 ) -> Run:
     """A step in which some parameters are laid out anew, and some go to pure PyTorch."""
+    _refuse_stray_dtensors(bucket)
     to_pure: list[int] = []
     to_lay_out: list[int] = []
     for misfit in misfits:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,3 +313,23 @@ def test_a_load_hook_may_add_state_that_the_checkpoint_lacks():
     optimizer.register_load_state_dict_post_hook(add)
     optimizer.load_state_dict(ProxSGD([nn.Parameter(torch.ones(3))]).state_dict())
     assert_same(optimizer.state[w]["momentum_buffer"], torch.ones(3))
+
+
+OLD = torch.load(Path(__file__).parent / "data" / "checkpoints_0_1_0.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("case", OLD)
+def test_a_checkpoint_of_version_0_1_0_goes_on_bit_by_bit(case, fused):
+    """The file holds what 0.1.0 saved after three steps, and where two more steps led it."""
+    saved = OLD[case]
+    params = [nn.Parameter(p.clone()) for p in saved["params"]]
+    named = list(zip(("w", "b"), params, strict=True))
+    optimizer = ProxSGD(named, lr=1.0, fused=fused, **saved["options"])
+    optimizer.load_state_dict(saved["optimizer"])
+    for grads in saved["grads"]:
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad.clone()
+        optimizer.step()
+    for p, end in zip(params, saved["end"], strict=True):
+        assert_same(p, end, case)
