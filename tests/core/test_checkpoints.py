@@ -326,7 +326,7 @@ def test_a_checkpoint_of_version_0_1_0_goes_on_bit_by_bit(case, fused):
     params = [nn.Parameter(p.clone()) for p in saved["params"]]
     named = list(zip(("w", "b"), params, strict=True))
     optimizer = ProxSGD(named, lr=1.0, fused=fused, **saved["options"])
-    optimizer.load_state_dict(saved["optimizer"])
+    optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
     for grads in saved["grads"]:
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad.clone()
