@@ -12,7 +12,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .files import RecipeError
-from .images import find_fault
+from .images import inspect_image
 from .splits import Split
 
 # Other common names of the folders train, val and test.
@@ -74,7 +74,7 @@ def scan(folder: Path, classes: Sequence[str], corrupt: str) -> Split:
     ]
     # Every image is decoded once before training, so that a bad one doesn't stop it halfway.
     with ThreadPoolExecutor() as pool:
-        faults = list(pool.map(find_fault, (path for path, _ in paths)))
+        faults = list(pool.map(lambda path: inspect_image(path).fault, (path for path, _ in paths)))
     bad = [(path, fault) for (path, _), fault in zip(paths, faults, strict=True) if fault]
     if bad and corrupt == "refuse":
         others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
