@@ -10,7 +10,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from .files import RecipeError
-from .folders import check_class_folders, class_names, digest, other_classes, scan
+from .folders import class_names, digest, other_classes, same_classes, scan
+from .layouts import Layout, check_class_folders, find_layout, training_folders
 from .loaders import EpochBatches, ImageData, ImageDataset, evaluation_loader
 from .settings import DIGITS, Run
 from .splits import (
@@ -19,6 +20,7 @@ from .splits import (
     Images,
     Source,
     Split,
+    check_trainable,
     option,
     split_in_two,
     spoil_labels,
@@ -56,21 +58,23 @@ def load_images(run: Run) -> Images:
     images = _digits(run) if run.data == DIGITS else _folder(run)
     train, test = images.train, images.test
     if run.data != DIGITS:  # the digits are split to size at once
-        train, test = subsets(train, test, run)
+        train, test = subsets(train, test, images.classes, run)
     if len(train) < run.batch_size:
         raise RecipeError(
             f"--batch-size {run.batch_size} is more than the {len(train)} training images"
         )
+    check_trainable(train, images.classes)
+    notes = tuple(dict.fromkeys((*images.notes, *train.notes, *test.notes)))
     train = spoil_labels(train, run.label_noise, len(images.classes), run.seed)
-    return replace(images, train=train, test=test)
+    return replace(images, train=train, test=test, notes=notes)
 
 
 def default_split(run: Run) -> str:
     """The split to evaluate on: test, or val where there is a folder for val alone."""
-    if run.data == DIGITS or run.val_fraction is not None:
+    if run.data == DIGITS or run.val_fraction is not None or not Path(run.data).is_dir():
         return "test"
-    has_test, has_val = ((Path(run.data) / name).is_dir() for name in ("test", "val"))
-    return "val" if has_val and not has_test else "test"
+    folders = find_layout(Path(run.data)).folders
+    return "val" if "val" in folders and "test" not in folders else "test"
 
 
 def load_split(
@@ -106,46 +110,44 @@ def load_split(
         images = load_images(replace(as_is, label_noise=0.0, batch_size=2))
         if images.classes != tuple(classes):
             raise RecipeError(other_classes(run.data, images.classes, classes))
-        train, test = images.train, images.test
-    else:
-        root = _root(run)
-        there = [name for name in SPLITS if (root / name).is_dir()]
-        if there and as_is.val_fraction is None:
-            return _load_folder(root, split, there, as_is, classes)
-        every = scan(root, classes, run.corrupt)
-        unchanged = source is not None and source.digest == digest(root, every)
-        if run.val_fraction is None or not (same or unchanged):
-            return replace(every, name=WHOLE)
-        if class_names(root) != tuple(classes):
-            raise RecipeError(other_classes(root, class_names(root), classes))
-        if source is not None and not unchanged:
-            raise RecipeError(
-                f"--data {root} is not what it was in training: images have come, gone or changed, "
-                "so that its split would be another; put them back, or give --data a folder of "
-                "other images"
-            )
-        train, test = subsets(*split_in_two(every, run.seed, test_size=run.val_fraction), run)
+        part = images.train if split == "train" else images.test
+        return replace(part, name=split, notes=images.notes)
+    root = _root(run)
+    layout = find_layout(root, classes)
+    if layout.folders and as_is.val_fraction is None:
+        return _load_folder(root, split, layout, as_is, classes)
+    every = scan(root, classes, run.corrupt)
+    unchanged = source is not None and source.digest == digest(root, every)
+    if run.val_fraction is None or not (same or unchanged):
+        return replace(every, name=WHOLE)
+    found = class_names(root)
+    if not same_classes(found, classes):
+        raise RecipeError(other_classes(root, found, classes))
+    if source is not None and not unchanged:
+        raise RecipeError(
+            f"--data {root} is not what it was in training: images have come, gone or changed, "
+            "so that its split would be another; put them back, or give --data a folder of "
+            "other images"
+        )
+    train, test = split_in_two(every, classes, run.seed, test_size=run.val_fraction)
+    train, test = subsets(train, test, classes, run)
     return replace(train if split == "train" else test, name=split)
 
 
-def _load_folder(
-    root: Path, split: str, there: Sequence[str], run: Run, classes: Sequence[str]
-) -> Split:
-    """One of the folders train, val and test, cut down as in training."""
-    if split not in there:
+def _load_folder(root: Path, split: str, layout: Layout, run: Run, classes: Sequence[str]) -> Split:
+    """One of the folders for train, val and test, cut down as in training."""
+    if split not in layout.folders:
         raise RecipeError(
-            f"--data {root} has no folder {split}; --split may be {' or '.join(there)}"
+            f"--data {root} has no folder {split}; --split may be {' or '.join(layout.folders)}"
         )
-    found = scan(root / split, classes, run.corrupt)
-    # Where there are val and test, the training left test alone.
-    tested = "val" if "val" in there else "test"
-    part = {"train": "train_size", tested: "test_size"}.get(split)
+    found = scan(layout.folders[split], classes, run.corrupt)
+    part = {"train": "train_size", layout.tested: "test_size"}.get(split)
     size = getattr(run, part) if part else None
     if part is None or size is None or size == len(found):
         return replace(found, name=split)
     note = f"{size} of {len(found)} images, the same as in training: {option(part)} {size}"
-    kept = subset(found, size, run.seed, part)
-    return replace(kept, name=split, notes=(*found.notes, note))
+    kept = subset(found, classes, size, run.seed, part)
+    return replace(kept, name=split, notes=(*kept.notes, note))
 
 
 def _digits(run: Run) -> Images:
@@ -155,13 +157,41 @@ def _digits(run: Run) -> Images:
     # Grey levels from 0 to 16; the transform enlarges them like any image.
     pixels = (torch.tensor(raw.images).unsqueeze(1) * (255 / 16)).to(torch.uint8)
     every = Split(list(pixels.expand(-1, 3, -1, -1)), torch.tensor(raw.target, dtype=torch.int64))
+    classes = tuple(str(name) for name in raw.target_names)
     train, test = split_in_two(
         every,
+        classes,
         run.seed,
         train_size=DIGITS_TRAIN_SIZE if run.train_size is None else run.train_size,
         test_size=DIGITS_TEST_SIZE if run.test_size is None else run.test_size,
     )
-    return Images(tuple(str(name) for name in raw.target_names), train, test)
+    folder = Path(DIGITS)
+    shadowed = "images: scikit-learn's; for those in the folder ./digits give --data ./digits"
+    return Images(classes, train, test, (shadowed,) if folder.is_dir() else ())
+
+
+def _folder(run: Run) -> Images:
+    root = _root(run)
+    layout = find_layout(root)
+    if not layout.is_split:
+        classes = class_names(root)
+        check_class_folders(root, classes)
+        if run.val_fraction is None:
+            raise RecipeError(
+                f"--data {root} has no folder train: give --val-fraction to split its classes"
+            )
+        every = scan(root, classes, run.corrupt)
+        train, test = split_in_two(every, classes, run.seed, test_size=run.val_fraction)
+        source = Source(_place(run.data), digest(root, every))
+        return Images(classes, train, test, every.notes, source)
+    if run.val_fraction is not None:
+        raise RecipeError(f"--data {root} is split already: --val-fraction can't be given")
+    train_folder, test_folder, notes = training_folders(root, layout)
+    classes = class_names(train_folder)
+    train = scan(train_folder, classes, run.corrupt)
+    test = scan(test_folder, classes, run.corrupt)
+    source = Source(_place(run.data), digest(root, train, test))
+    return Images(classes, train, test, (*train.notes, *notes, *test.notes), source)
 
 
 def _root(run: Run) -> Path:
@@ -174,34 +204,3 @@ def _root(run: Run) -> Path:
 def _place(data: str) -> str:
     """The same string for the same folder, however its path is written."""
     return data if data == DIGITS else str(Path(data).resolve())
-
-
-def _folder(run: Run) -> Images:
-    root = _root(run)
-    if not (root / "train").is_dir():
-        classes = class_names(root)
-        check_class_folders(root, classes)
-        if run.val_fraction is None:
-            raise RecipeError(
-                f"--data {root} has no folder train: give --val-fraction to split its classes"
-            )
-        every = scan(root, classes, run.corrupt)
-        train, test = split_in_two(every, run.seed, test_size=run.val_fraction)
-        source = Source(_place(run.data), digest(root, every))
-        return Images(classes, train, test, every.notes, source)
-    if run.val_fraction is not None:
-        raise RecipeError(f"--data {root} is split already: --val-fraction can't be given")
-    held_out = [name for name in ("val", "test") if (root / name).is_dir()]
-    if not held_out:
-        raise RecipeError(
-            f"--data {root} has a folder train, but neither val nor test; to split train: "
-            f"--data {root / 'train'} --val-fraction 0.2"
-        )
-    classes = class_names(root / "train")
-    train = scan(root / "train", classes, run.corrupt)
-    test = scan(root / held_out[0], classes, run.corrupt)
-    notes = train.notes
-    if len(held_out) == 2:
-        notes += ("tested on val; test is left for `resnet-reg evaluate --split test`",)
-    source = Source(_place(run.data), digest(root, train, test))
-    return Images(classes, train, test, notes + test.notes, source)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageCms, ImageOps
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
 
 FIRST_FRAME = "several frames or pages, of which the first is taken"
 BAD_PROFILE = "a colour profile that can't be applied and is ignored"
@@ -109,7 +110,8 @@ def _deep(image: Image.Image) -> str:
     if image.mode.startswith(("I", "F")):
         return f"Pillow's mode {image.mode}"
     bits = 8
-    decoding = image.tile[0].args if image.tile else None
+    tiles = getattr(image, "tile", [])  # how Pillow will decode the file
+    decoding = tiles[0].args if tiles else None
     if image.format == "TIFF":
         bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
     elif image.format == "PNG" and str(decoding).endswith(";16B"):
@@ -148,7 +150,7 @@ def _in_srgb(colours: Image.Image, profile: bytes, stored_mode: str) -> Image.Im
         raise ValueError("the profile is for images of another kind")
     if transform is None:
         return colours.convert("RGB")
-    return ImageCms.applyTransform(colours.convert(mode), transform)
+    return transform.apply(colours.convert(mode))
 
 
 @lru_cache(maxsize=16)
@@ -156,21 +158,17 @@ def _to_srgb(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     """The mode that an ICC profile is for, and its transform to sRGB; None for sRGB itself."""
     opened = ImageCms.getOpenProfile(io.BytesIO(profile))
     mode = _MODES_OF_SPACES[opened.profile.xcolor_space.strip()]
-    transform = ImageCms.buildTransform(
-        opened,
-        ImageCms.createProfile("sRGB"),
-        mode,
-        "RGB",
-        renderingIntent=ImageCms.getDefaultIntent(opened),
-    )
+    intent = ImageCms.Intent(ImageCms.getDefaultIntent(opened))
+    srgb = ImageCms.createProfile("sRGB")
+    transform = ImageCms.buildTransform(opened, srgb, mode, "RGB", renderingIntent=intent)
     if mode == "CMYK":
         return mode, transform
     sample = _sample_colours().convert(mode)
-    change = ImageChops.difference(
-        ImageCms.applyTransform(sample, transform), sample.convert("RGB")
+    before, after = (
+        np.asarray(image, dtype=np.int16)
+        for image in (sample.convert("RGB"), transform.apply(sample))
     )
-    largest = max(high for _, high in change.getextrema())
-    return mode, None if largest <= _SRGB_TOLERANCE else transform
+    return mode, None if abs(after - before).max() <= _SRGB_TOLERANCE else transform
 
 
 def _sample_colours() -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,17 @@ from .splits import Images, Split
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PRIME = 1_000_003
+# Sides of a larger ratio make an image thin; any other costs at most 64 * size**2 pixels.
+_THIN, _KEPT = 64, 8
 
 
 def transform(image_size: int, augment: str) -> Callable[[Any], Tensor]:
     """Makes float32 (3, size, size) of a PIL image or a uint8 tensor, normalised as ImageNet's."""
-    whole = [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)]
+    whole = [
+        partial(cut_thin, size=image_size),
+        v2.Resize(image_size, antialias=True),
+        v2.CenterCrop(image_size),
+    ]
     geometry = {
         "none": whole,
         "shift": [*whole, v2.RandomCrop(image_size, image_size // 8, padding_mode="edge")],
@@ -34,6 +41,28 @@ def transform(image_size: int, augment: str) -> Callable[[Any], Tensor]:
     scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     steps: Callable[[Any], Tensor] = v2.Compose([v2.ToImage(), *geometry, *scale])
     return steps
+
+
+def cut_thin(image: Tensor, size: int) -> Tensor:
+    """Cuts the middle out of a long thin image, which a resize to ``size`` would blow up.
+
+    Resized by its shorter side, 1 x 10,000 pixels would become 224 x 2,240,000, of which the crop
+    that follows keeps 224 x 224.
+
+    Args:
+        image: (channels, height, width).
+        size: the length of the shorter side after the resize.
+    """
+    height, width = image.shape[-2:]
+    short, long = sorted((height, width))
+    if short >= size or long <= _THIN * short:
+        return image
+    # A multiple of the shorter side is resized by the same factor; the parity of the longer side
+    # keeps the middle where it is.
+    kept = _KEPT * short
+    kept += (long - kept) % 2 * (short if short % 2 else 1)
+    first = (long - kept) // 2
+    return image.narrow(-1 if width == long else -2, first, kept)
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):

@@ -76,11 +76,14 @@ def spoil_labels(split: Split, share: float, classes: int, seed: int) -> Split:
     return replace(split, labels=labels % classes, wrong=count)
 
 
-def split_in_two(split: Split, seed: int, **sizes: Any) -> tuple[Split, Split]:
-    """Draws a training and a test part, class by class.
+def split_in_two(
+    split: Split, classes: Sequence[str], seed: int, **sizes: Any
+) -> tuple[Split, Split]:
+    """Draws a training and a test part, class by class; a note says if one lacks a class.
 
     Args:
         split: the images to draw from.
+        classes: the names of the classes.
         seed: decides which images go where.
         sizes: ``train_size`` and ``test_size`` as for scikit-learn's ``train_test_split``.
 
@@ -88,28 +91,33 @@ def split_in_two(split: Split, seed: int, **sizes: Any) -> tuple[Split, Split]:
         RecipeError: there are too few images for these sizes.
     """
     try:
-        return _draw(split, seed, **sizes)
+        train, test = _draw(split, seed, **sizes)
     except ValueError:
         why = (
             "each class needs two images, each part one of each class, and both together no more "
             "than there are"
         )
         raise RecipeError(_unsplittable(split, sizes, why)) from None
-
-
-def subsets(train: Split, test: Split, run: Run) -> tuple[Split, Split]:
-    """Cuts both parts down to ``--train-size`` and ``--test-size`` images."""
     return (
-        subset(train, run.train_size, run.seed, "train_size"),
-        subset(test, run.test_size, run.seed, "test_size"),
+        _note_lost(split, train, classes, "training"),
+        _note_lost(split, test, classes, "test"),
     )
 
 
-def subset(split: Split, size: int | None, seed: int, part: str) -> Split:
-    """Draws ``size`` images, class by class; None keeps all.
+def subsets(train: Split, test: Split, classes: Sequence[str], run: Run) -> tuple[Split, Split]:
+    """Cuts both parts down to ``--train-size`` and ``--test-size`` images."""
+    return (
+        subset(train, classes, run.train_size, run.seed, "train_size"),
+        subset(test, classes, run.test_size, run.seed, "test_size"),
+    )
+
+
+def subset(split: Split, classes: Sequence[str], size: int | None, seed: int, part: str) -> Split:
+    """Draws ``size`` images, class by class; None keeps all. A note says if a class is lost.
 
     Args:
         split: the images to draw from.
+        classes: the names of the classes.
         size: the number of images to keep.
         seed: decides which.
         part: "train_size" or "test_size".
@@ -128,7 +136,23 @@ def subset(split: Split, size: int | None, seed: int, part: str) -> Split:
             why = "each class needs one image"
             raise RecipeError(_unsplittable(split, {part: size}, why)) from None
         return split.take(_stratified(split.labels, size, seed))
-    return first if part == "train_size" else second
+    if part == "train_size":
+        return _note_lost(split, first, classes, "training")
+    return _note_lost(split, second, classes, "test")
+
+
+def check_trainable(train: Split, classes: Sequence[str]) -> None:
+    """Refuses training images that lack a class: the network could never predict it.
+
+    Raises:
+        RecipeError: names the classes.
+    """
+    present = set(train.labels.tolist())
+    if missing := [name for label, name in enumerate(classes) if label not in present]:
+        raise RecipeError(
+            f"none of the {len(train)} training images is of {', '.join(missing)}: give a smaller "
+            "--val-fraction or --test-size, a larger --train-size, or more images of the class"
+        )
 
 
 def option(name: str) -> str:
@@ -154,6 +178,16 @@ def _draw(split: Split, seed: int, **sizes: Any) -> tuple[Split, Split]:
         range(len(split)), stratify=split.labels.numpy(), random_state=seed, **sizes
     )
     return split.take(first), split.take(second)
+
+
+def _note_lost(before: Split, after: Split, classes: Sequence[str], what: str) -> Split:
+    """Adds a note to a part that has no image of a class that was there before."""
+    lost = sorted(set(before.labels.tolist()) - set(after.labels.tolist()))
+    if not lost:
+        return after
+    names = ", ".join(classes[label] for label in lost)
+    note = f"none of the {len(after)} {what} images is of {names}: too few for such a split"
+    return replace(after, notes=(*after.notes, note))
 
 
 def _unsplittable(split: Split, sizes: Mapping[str, Any], why: str) -> str:
