@@ -175,7 +175,7 @@ def _folder(run: Run) -> Images:
     layout = find_layout(root)
     if not layout.is_split:
         classes = class_names(root)
-        check_class_folders(root, classes)
+        check_class_folders(root)
         if run.val_fraction is None:
             raise RecipeError(
                 f"--data {root} has no folder train: give --val-fraction to split its classes"

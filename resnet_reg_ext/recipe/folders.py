@@ -45,7 +45,7 @@ def class_folders(folder: Path) -> dict[str, Path]:
     names = [printable(path.name) for path in listing.folders]
     for alike in _alike(names, comparable):
         raise RecipeError(
-            f"{folder} has {len(alike)} folders that are called {alike[0]}, in different Unicode "
+            f"{folder} has {len(alike)} folders that are called {comparable(alike[0])}, in different Unicode "
             "forms (NFC and NFD): put their images into one, or rename one"
         )
     return dict(zip(names, listing.folders, strict=True))

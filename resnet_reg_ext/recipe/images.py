@@ -160,7 +160,9 @@ def _to_srgb(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
     mode = _MODES_OF_SPACES[opened.profile.xcolor_space.strip()]
     intent = ImageCms.Intent(ImageCms.getDefaultIntent(opened))
     srgb = ImageCms.createProfile("sRGB")
-    transform = ImageCms.buildTransform(opened, srgb, mode, "RGB", renderingIntent=intent)
+    # LittleCMS' optimised curves for grey are off by up to ten levels where it is dark.
+    flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
+    transform = ImageCms.buildTransform(opened, srgb, mode, "RGB", intent, flags)
     if mode == "CMYK":
         return mode, transform
     sample = _sample_colours().convert(mode)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import RecipeError
+from .files import RecipeError, printable
+from .folders import class_folders
 from .splits import SPLITS
 from .walk import list_folder, walk
 
@@ -108,25 +109,26 @@ def training_folders(root: Path, layout: Layout) -> tuple[Path, Path, list[str]]
     return train, held_out, notes
 
 
-def check_class_folders(root: Path, classes: Sequence[str]) -> None:
-    """Refuses folders that hold splits or class folders themselves.
+def check_class_folders(root: Path) -> None:
+    """Refuses class folders that hold splits or class folders themselves.
 
     Raises:
         RecipeError: names the folder.
     """
-    like_splits = [name for name in classes if _LIKE_SPLIT.fullmatch(name.lower())]
+    folders = class_folders(root)
+    like_splits = [name for name in folders if _LIKE_SPLIT.fullmatch(name.lower())]
     kinds = {name.lower().startswith("train") for name in like_splits}
-    for name in classes:
+    for name in folders:
         # test1 may be a class, but hardly beside a train1.
         if name.lower() in _NO_CLASS or (len(kinds) == 2 and name in like_splits):
             raise RecipeError(
                 f"--data {root} has a folder {name}, which looks like a split and not like a "
                 "class: splits must be called train, val and test"
             )
-    for name in classes:
-        listing = list_folder(root / name)
+    for name, folder in folders.items():
+        listing = list_folder(folder)
         if not listing.images and any(walk(path).images for path in listing.folders):
             raise RecipeError(
                 f"--data {root} has no images in {name}, but in folders inside it: is "
-                f"{root / name} the folder of class folders?"
+                f"{printable(str(folder))} the folder of class folders?"
             )

@@ -65,7 +65,7 @@ def list_folder(folder: Path) -> Listing:
     """
     try:
         with os.scandir(folder) as entries:
-            found = sorted((folder / entry.name, entry.is_dir()) for entry in entries)
+            found = sorted((folder / entry.name, _is_folder(entry)) for entry in entries)
     except OSError as error:
         where = printable(str(folder))
         raise RecipeError(f"can't read the folder {where}: {error.strerror}") from None
@@ -110,6 +110,14 @@ def walk(top: Path) -> Listing:
             (links if path.is_symlink() else folders).append(path)
     listing.files.sort()
     return listing
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Links are followed; one that leads to itself is no folder."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _identity(path: Path) -> tuple[int, int]:
