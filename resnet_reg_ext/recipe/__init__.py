@@ -6,7 +6,9 @@ does not.
 The modules, in the order of a run:
 
 - ``settings``: everything that defines a run, as options and as a YAML file;
-- ``images``, ``folders``, ``splits``: an image file, a folder of them, training and test parts;
+- ``images``, ``walk``, ``folders``, ``layouts``: an image file, the files below a folder, class
+  folders, folders for splits;
+- ``splits``: training and test parts, label noise;
 - ``loaders``: batches that depend on the seed and the epoch alone;
 - ``data``: the images of a run, made of these;
 - ``model``: the ResNet-50, its weights, and the Lightning module with ``ProxSGD``;

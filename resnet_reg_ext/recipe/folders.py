@@ -44,8 +44,9 @@ def class_folders(folder: Path) -> dict[str, Path]:
         raise RecipeError(f"{folder} {what}: it needs a folder of images for each class")
     names = [printable(path.name) for path in listing.folders]
     for alike in _alike(names, comparable):
+        name = comparable(alike[0])
         raise RecipeError(
-            f"{folder} has {len(alike)} folders that are called {comparable(alike[0])}, in different Unicode "
+            f"{folder} has {len(alike)} folders that are called {name}, in different Unicode "
             "forms (NFC and NFD): put their images into one, or rename one"
         )
     return dict(zip(names, listing.folders, strict=True))

@@ -3,19 +3,15 @@
 import os
 import socket
 import struct
-import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageCms
 from test_recipe_data import make_images, refused, run_for
-from torchvision.transforms import v2
 
-from resnet_reg_ext.recipe.data import ImageDataset, load_images
+from resnet_reg_ext.recipe.data import load_images
 from resnet_reg_ext.recipe.images import inspect_image, load_image
-from resnet_reg_ext.recipe.loaders import transform
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 
@@ -45,11 +41,7 @@ def shown(path):
     return np.asarray(image)
 
 
-def chunk(name, data):
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-
-def icc_profile(space, tags, kind=b"mntr"):
+def icc_profile(space, tags, kind=b"mntr", connection=b"XYZ "):
     """An ICC profile of version 2 by the specification: header, table of tags, tags."""
     table, body = struct.pack(">I", len(tags)), b""
     start = 128 + 4 + 12 * len(tags)
@@ -59,7 +51,7 @@ def icc_profile(space, tags, kind=b"mntr"):
         body += data
     size = 128 + len(table) + len(body)
     white = struct.pack(">3i", *(round(v * 65536) for v in (0.9642, 1.0, 0.8249)))
-    head = struct.pack(">I4sI4s4s4s", size, b"\0" * 4, 0x02100000, kind, space, b"XYZ ")
+    head = struct.pack(">I4sI4s4s4s", size, b"\0" * 4, 0x02100000, kind, space, connection)
     head += b"\0" * 12 + b"acsp" + b"\0" * 28 + white
     return head.ljust(128, b"\0") + table + body
 
@@ -175,6 +167,38 @@ def test_grey_levels_are_converted_to_srgb(mode, tmp_path):
     image = Image.fromarray(levels).convert(mode)
     pixels = shown(save(image, tmp_path / "x.png", icc_profile=LINEAR_GREY))
     assert abs(pixels - encoded(levels)[..., None]).max() <= 0.6
+
+
+def only_black_prints():
+    """A profile of a printer whose cyan, magenta and yellow don't show (a table of lut8Type)."""
+    identity = bytes(range(256))
+    matrix = struct.pack(">9i", *(65536 * (i % 4 == 0) for i in range(9)))
+    # L, a, b at all corners of CMYK, K varying fastest.
+    corners = bytes([255, 128, 128, 0, 128, 128]) * 8
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + matrix + 4 * identity + corners + 3 * identity
+    return icc_profile(b"CMYK", {**WHITE, b"A2B0": table}, b"prtr", b"Lab ")
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.tif"])
+def test_inks_are_converted_by_their_profile(name, tmp_path):
+    profile = only_black_prints()
+    for inks, level in (((255, 255, 0, 0), 255), ((0, 255, 255, 255), 0), ((90, 0, 0, 0), 255)):
+        image = Image.new("CMYK", (8, 8), inks)
+        pixels = shown(save(image, tmp_path / name, icc_profile=profile))
+        # Lab of 8 bits has its white and black a level off.
+        assert abs(pixels.astype(int) - level).max() <= 2
+
+
+def test_orientation_profile_and_alpha_go_together(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(np.ascontiguousarray(STORED[6](NOISE)))
+    alpha = np.full((12, 16), 255, dtype=np.uint8)
+    alpha[:6] = 0
+    image.putalpha(Image.fromarray(np.ascontiguousarray(np.rot90(alpha, 1))))
+    pixels = shown(save(image, tmp_path / "x.png", exif=exif, icc_profile=LINEAR_RGB))
+    assert (pixels[:6] == 255).all()
+    assert abs(pixels[6:] - encoded(NOISE[6:])).max() <= 0.6
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
@@ -314,88 +338,3 @@ def test_what_is_no_regular_file_is_never_opened(make, kind, tmp_path):
     images = load_images(replace(run, corrupt="skip"))
     assert len(images.train) + len(images.test) == 12
     assert images.notes[0].startswith(f"skipped {path}: ")
-
-
-def huge_png(side):
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    row = b"\0" * (1 + (side + 7) // 8)
-    packer = zlib.compressobj(9)
-    data = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        huge_png(10_000),
-        huge_png(20_000),
-        b"GIF89a"
-        + struct.pack("<HHBBB", 65535, 65535, 0, 0, 0)
-        + b","
-        + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0)
-        + b"\x08\0",
-        b"BM" + struct.pack("<IHHIIiiHH", 100, 0, 0, 54, 40, 50_000, 50_000, 1, 24) + b"\0" * 24,
-    ],
-    ids=["PNG of 100 MP", "PNG of 400 MP", "GIF", "BMP"],
-)
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_small_file_of_huge_size_is_refused_before_it_is_decoded(content, tmp_path, monkeypatch):
-    def decode(self):
-        raise AssertionError("decoded")
-
-    make_images(tmp_path, ["a", "b"])
-    path = tmp_path / "a" / "x.png"
-    path.write_bytes(content)
-    monkeypatch.setattr(Image.Image, "load", decode)
-    fault = inspect_image(path).fault
-    assert "decompression bomb" in fault
-    assert len(content) < 1_000_000
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_large_photograph_is_no_bomb(tmp_path, monkeypatch):
-    path = save(Image.fromarray(NOISE), tmp_path / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", NOISE.size // 3 - 1)
-    assert np.array_equal(shown(path), NOISE)
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "size"), [(1, 300, 64), (300, 2, 64), (7, 701, 49), (10, 1000, 40)]
-)
-def test_the_middle_of_a_thin_image_is_that_of_the_whole(height, width, size):
-    """Where the shorter side divides the size, cutting first changes nothing at all."""
-    pixels = torch.randint(
-        0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    whole = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
-    scale = [v2.ToDtype(torch.float32, scale=True)]
-    expected = v2.Compose([v2.ToImage(), whole, *scale])(image)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    found = transform(size, "none")(image) * std[:, None, None] + mean[:, None, None]
-    # The normalisation and its inverse, in float32.
-    assert torch.allclose(found, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("augment", ["none", "shift", "standard"])
-@pytest.mark.parametrize("size", [(1, 2_000_000), (2_000_000, 1), (3, 900_001)])
-def test_a_thin_image_costs_little(size, augment, tmp_path):
-    """Resized whole, it would have hundreds of GB."""
-    make_images(tmp_path, ["a", "b"])
-    save(Image.new("RGB", size, "white"), tmp_path / "a" / "x.png")
-    split = load_images(run_for(tmp_path, val_fraction=0.5)).train
-    split = replace(split, images=[tmp_path / "a" / "x.png"], labels=torch.tensor([0]))
-    pixels = ImageDataset(split, 512, augment)[0, 0][0]
-    assert pixels.shape == (3, 512, 512)
-    assert torch.equal(pixels, pixels[:, :1, :1].expand_as(pixels))
-
-
-@pytest.mark.parametrize("size", [(640, 10), (64, 64), (33, 100), (700, 300), (4000, 40)])
-def test_ordinary_images_keep_their_bits(size):
-    image = Image.effect_noise(size, 60).convert("RGB")
-    steps = [v2.ToImage(), v2.Resize(32, antialias=True), v2.CenterCrop(32)]
-    normalise = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    plain = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), normalise])
-    assert torch.equal(transform(32, "none")(image), plain(image))
