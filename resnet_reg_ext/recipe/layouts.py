@@ -85,11 +85,16 @@ def training_folders(root: Path, layout: Layout) -> tuple[Path, Path, list[str]]
         RecipeError: it isn't clear, or there is no folder to test on.
     """
     train, held_out = layout.folders["train"], layout.folders.get(layout.tested)
-    if layout.unclear and "val" not in layout.folders:
-        raise RecipeError(
-            f"--data {root} has a folder {layout.unclear[0]}, which may be for validation: call it "
-            "val, or move it elsewhere if it is not to be used"
-        )
+    if "val" not in layout.folders:
+        # A folder test that is there leaves only validation for the unclear ones.
+        known = ("train", "test") if held_out else ("train",)
+        suspects = [n for n in layout.unclear if not n.lower().startswith(known)]
+        if suspects:
+            meant, remedy = ("validation", "val") if held_out else ("a split", "val or test")
+            raise RecipeError(
+                f"--data {root} has a folder {suspects[0]}, which may be for {meant}: call it "
+                f"{remedy}, or move it elsewhere if it is not to be used"
+            )
     if held_out is None:
         raise RecipeError(
             f"--data {root} has a folder {train.name}, but neither val nor test; to split "

@@ -64,6 +64,19 @@ def test_test_chooses_only_where_nothing_may_be_for_validation(tmp_path):
         (tmp_path / name).rename(tmp_path.with_name(f"{tmp_path.name}-{name}"))
 
 
+@pytest.mark.parametrize("name", ["test_images", "eval", "val2017"])
+def test_a_folder_that_may_be_for_a_split_is_named_rather_than_train_split(name, tmp_path):
+    said = refused(make_splits(tmp_path, ["train", name]))
+    assert f"has a folder {name}, which may be for a split: call it val or test" in said
+
+
+def test_more_folders_for_train_and_test_are_left_unused(tmp_path):
+    run = make_splits(tmp_path, ["train", "Train", "test", "test2", "testing"])
+    images = load_images(run)
+    assert (split_folders(images.train), split_folders(images.test)) == ({"train"}, {"test"})
+    assert images.notes == ("left unused: Train, testing, test2",)
+
+
 def test_a_name_that_is_exact_wins_and_the_rest_is_said(tmp_path):
     run = make_splits(tmp_path, ["train", "val", "valid", "eval"])
     images = load_images(run)
@@ -253,48 +266,6 @@ def test_classes_that_differ_in_case_only_are_noted(names, tmp_path):
         f"{tmp_path} has classes that differ in upper and lower case only: "
         f"{'/'.join(sorted(names))}",
     )
-
-
-def make_counts(root, counts):
-    for name, count in counts.items():
-        make_images(root, [name], count=count)
-    return root
-
-
-def test_a_class_that_a_split_leaves_without_test_images_is_named(tmp_path):
-    make_counts(tmp_path, {"a": 40, "b": 40, "rare": 2})
-    run = run_for(tmp_path, val_fraction=0.1)
-    images = load_images(run)
-    assert set(images.test.labels.tolist()) == {0, 1}
-    (note,) = images.notes
-    assert (
-        note == f"none of the {len(images.test)} test images is of rare: too few for such a split"
-    )
-    assert load_split(run, "test", images.classes).notes == images.notes
-    assert load_split(run, "train", images.classes).notes == ()
-
-
-@pytest.mark.parametrize("change", [{"val_fraction": 0.9}, {"val_fraction": 0.5, "train_size": 6}])
-def test_a_class_that_a_split_leaves_without_training_images_is_refused(change, tmp_path):
-    make_counts(tmp_path, {"a": 40, "b": 40, "rare": 4})
-    run = run_for(tmp_path, **change)
-    assert "training images is of rare: give a smaller --val-fraction" in refused(run)
-    # A run of an earlier version can still be evaluated.
-    assert "is of rare" in load_split(run, "train", ["a", "b", "rare"]).notes[-1]
-
-
-@pytest.mark.parametrize(("part", "split"), [("train_size", "train"), ("test_size", "val")])
-def test_a_class_that_a_size_leaves_out_of_a_split_folder_is_named(part, split, tmp_path):
-    for name in ("train", "val"):
-        make_counts(tmp_path / name, {"a": 40, "b": 40, "rare": 2})
-    run = run_for(tmp_path, **{part: 6})
-    if part == "train_size":
-        assert "none of the 6 training images is of rare" in refused(run)
-    else:
-        assert load_images(run).notes == (
-            "none of the 6 test images is of rare: too few for such a split",
-        )
-    assert any("is of rare" in note for note in load_split(run, split, ["a", "b", "rare"]).notes)
 
 
 def test_a_folder_called_digits_is_not_passed_over_in_silence(tmp_path, monkeypatch):
