@@ -6,7 +6,11 @@ does not.
 The modules, in the order of a run:
 
 - ``settings``: everything that defines a run, as options and as a YAML file;
-- ``data``: images, splits, label noise, and batches that depend on the seed and the epoch alone;
+- ``images``, ``walk``, ``folders``, ``layouts``: an image file, the files below a folder, class
+  folders, folders for splits;
+- ``splits``: training and test parts, label noise;
+- ``loaders``: batches that depend on the seed and the epoch alone;
+- ``data``: the images of a run, made of these;
 - ``model``: the ResNet-50, its weights, and the Lightning module with ``ProxSGD``;
 - ``callbacks``: progress, history, checkpoints and stopping;
 - ``train``: one run;

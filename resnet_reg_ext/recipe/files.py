@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unicodedata import category
 
 
 class RecipeError(Exception):
@@ -52,3 +53,15 @@ def prepare_folder(folder: Path, needed: int) -> None:
         raise RecipeError(
             f"--out {folder} has {free / 1e6:.0f} MB free; this needs {needed / 1e6:.0f} MB"
         )
+
+
+def printable(name: str) -> str:
+    r"""Escapes what a line of UTF-8 text can't hold: control characters and lone surrogates.
+
+    Python puts surrogates into file names that aren't UTF-8 (PEP 383): the bytes ``caf\xe9`` become
+    ``caf\udce9`` here, spelt out.
+    """
+    return "".join(
+        c.encode("unicode_escape").decode() if category(c) in ("Cc", "Cs", "Zl", "Zp") else c
+        for c in name
+    )

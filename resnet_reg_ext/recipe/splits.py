@@ -1,0 +1,202 @@
+"""Training and test images: drawn class by class from the seed, labels made wrong on request."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from .files import RecipeError
+from .settings import Run
+
+SPLITS = ("train", "val", "test")
+WHOLE = "all images"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and labels of one split. ``images`` are paths, or uint8 tensors (3, h, w)."""
+
+    images: Sequence[Path | Tensor]
+    labels: Tensor
+    """int64 (count,)"""
+    wrong: int = 0
+    """The number of labels made wrong on purpose."""
+    name: str = ""
+    """One of ``SPLITS``, or ``WHOLE``; set by ``load_split``."""
+    notes: tuple[str, ...] = ()
+    """For the user: files ignored, images skipped, classes missing."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Sequence[int]) -> Split:
+        """The images of some rows, in that order."""
+        images = [self.images[i] for i in rows]
+        return replace(self, images=images, labels=self.labels[list(rows)])
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a run. A checkpoint keeps it, so that changed files are noticed later."""
+
+    folder: str
+    """The absolute path."""
+    digest: str
+    """SHA-256 of the images' relative paths, file sizes and labels."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that a run trains and tests on."""
+
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+    notes: tuple[str, ...] = ()
+    """For the user: images skipped, folders left unused."""
+    source: Source | None = None
+    """None for the digits."""
+
+
+def spoil_labels(split: Split, share: float, classes: int, seed: int) -> Split:
+    """Replaces a share of the labels by another class each, drawn uniformly."""
+    generator = torch.Generator().manual_seed(seed)
+    count = round(share * len(split))
+    rows = torch.randperm(len(split), generator=generator)[:count]
+    labels = split.labels.clone()
+    # An offset from 1 to classes - 1, modulo classes, always gives another class.
+    labels[rows] += torch.randint(1, classes, (count,), generator=generator)
+    return replace(split, labels=labels % classes, wrong=count)
+
+
+def split_in_two(
+    split: Split, classes: Sequence[str], seed: int, **sizes: Any
+) -> tuple[Split, Split]:
+    """Draws a training and a test part, class by class; a note says if one lacks a class.
+
+    Args:
+        split: the images to draw from.
+        classes: the names of the classes.
+        seed: decides which images go where.
+        sizes: ``train_size`` and ``test_size`` as for scikit-learn's ``train_test_split``.
+
+    Raises:
+        RecipeError: there are too few images for these sizes.
+    """
+    try:
+        train, test = _draw(split, seed, **sizes)
+    except ValueError:
+        why = (
+            "each class needs two images, each part one of each class, and both together no more "
+            "than there are"
+        )
+        raise RecipeError(_unsplittable(split, sizes, why)) from None
+    return (
+        _note_lost(split, train, classes, "training"),
+        _note_lost(split, test, classes, "test"),
+    )
+
+
+def subsets(train: Split, test: Split, classes: Sequence[str], run: Run) -> tuple[Split, Split]:
+    """Cuts both parts down to ``--train-size`` and ``--test-size`` images."""
+    return (
+        subset(train, classes, run.train_size, run.seed, "train_size"),
+        subset(test, classes, run.test_size, run.seed, "test_size"),
+    )
+
+
+def subset(split: Split, classes: Sequence[str], size: int | None, seed: int, part: str) -> Split:
+    """Draws ``size`` images, class by class; None keeps all. A note says if a class is lost.
+
+    Args:
+        split: the images to draw from.
+        classes: the names of the classes.
+        size: the number of images to keep.
+        seed: decides which.
+        part: "train_size" or "test_size".
+
+    Raises:
+        RecipeError: there are fewer images, or more classes than ``size``.
+    """
+    if size is None or size == len(split):
+        return split
+    if size > len(split):
+        raise RecipeError(f"{option(part)} {size} is more than the {len(split)} images there are")
+    try:
+        first, second = _draw(split, seed, **{part: size})
+    except ValueError:  # scikit-learn wants one image of each class in the remainder too
+        if size < len(set(split.labels.tolist())):
+            why = "each class needs one image"
+            raise RecipeError(_unsplittable(split, {part: size}, why)) from None
+        return split.take(_stratified(split.labels, size, seed))
+    if part == "train_size":
+        return _note_lost(split, first, classes, "training")
+    return _note_lost(split, second, classes, "test")
+
+
+def check_trainable(train: Split, classes: Sequence[str]) -> None:
+    """Refuses training images that lack a class: the network could never predict it.
+
+    Raises:
+        RecipeError: names the classes.
+    """
+    present = set(train.labels.tolist())
+    if missing := [name for label, name in enumerate(classes) if label not in present]:
+        raise RecipeError(
+            f"none of the {len(train)} training images is of {', '.join(missing)}: give a smaller "
+            "--val-fraction or --test-size, a larger --train-size, or more images of the class"
+        )
+
+
+def option(name: str) -> str:
+    """The command-line option of a field of ``Run``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _stratified(labels: Tensor, size: int, seed: int) -> list[int]:
+    """Rows: one of each class, the others in proportion (largest remainders)."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = [order[labels[order] == label].tolist() for label in sorted(set(labels.tolist()))]
+    to_share, left = size - len(by_class), len(labels) - len(by_class)
+    shares = [divmod(to_share * (len(rows) - 1), left) for rows in by_class]
+    counts = [1 + whole for whole, _ in shares]
+    largest = sorted(range(len(shares)), key=lambda i: shares[i][1], reverse=True)
+    for i in largest[: size - sum(counts)]:
+        counts[i] += 1
+    return sorted(row for rows, count in zip(by_class, counts, strict=True) for row in rows[:count])
+
+
+def _draw(split: Split, seed: int, **sizes: Any) -> tuple[Split, Split]:
+    first, second = train_test_split(
+        range(len(split)), stratify=split.labels.numpy(), random_state=seed, **sizes
+    )
+    return split.take(first), split.take(second)
+
+
+def _note_lost(before: Split, after: Split, classes: Sequence[str], what: str) -> Split:
+    """Adds a note to a part that has no image of a class that was there before."""
+    lost = sorted(set(before.labels.tolist()) - set(after.labels.tolist()))
+    if not lost:
+        return after
+    names = ", ".join(classes[label] for label in lost)
+    note = f"none of the {len(after)} {what} images is of {names}: too few for such a split"
+    return replace(after, notes=(*after.notes, note))
+
+
+def _unsplittable(split: Split, sizes: Mapping[str, Any], why: str) -> str:
+    counts = Counter(split.labels.tolist()).values()
+    asked = " and ".join(
+        f"{option('val_fraction' if isinstance(value, float) else name)} {value}"
+        for name, value in sizes.items()
+    )
+    return (
+        f"can't split {len(split)} images of {len(counts)} classes, {min(counts)} to {max(counts)} "
+        f"of each, with {asked}: {why}"
+    )
