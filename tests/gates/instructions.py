@@ -1,6 +1,6 @@
-"""Counts the instructions of the native step on a small input and compares with committed figures.
+"""Counts the native step's instructions on a small input, and compares with committed figures.
 
-``python tests/gates/instructions.py`` fails where a figure is exceeded by more than 3 %; ``--update``
+``python tests/gates/instructions.py`` fails for a figure that is off by more than 3 %; ``--update``
 records new ones. Counts are the same on a busy machine and on a quiet one, but depend on the
 compiler: with another one nothing is compared. Needs valgrind.
 
