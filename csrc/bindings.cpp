@@ -38,21 +38,23 @@ void assign(T& field, py::handle value) {
 template <typename Struct>
 Struct from_keywords(const py::kwargs& given, bool all_required) {
   Struct made{};
-  size_t used = 0;
+  py::dict left(**given);
   Struct::for_each_field([&](const char* name, auto field) {
-    if (!given.contains(name)) {
+    if (!left.contains(name)) {
       if (all_required) throw py::type_error(std::string("missing keyword argument: ") + name);
       return;
     }
+    const py::object value = left.attr("pop")(name);
     try {
-      assign(made.*field, given[name]);
+      assign(made.*field, value);
     } catch (const py::cast_error&) {
-      throw py::type_error(std::string(name) + ": " + py::repr(given[name]).cast<std::string>() +
+      throw py::type_error(std::string(name) + ": " + py::repr(value).cast<std::string>() +
                            " is of another type");
     }
-    ++used;
   });
-  if (used != given.size()) throw py::type_error("unknown keyword argument");
+  for (const auto& [name, value] : left) {
+    throw py::type_error("unknown keyword argument: " + std::string(py::str(name)));
+  }
   return made;
 }
 
