@@ -53,14 +53,14 @@ test-sanitize: .venv/.ready
 test-matrix: $(WHEEL)
 	$(PYTHON) tests/packaging/matrix.py build/wheel/*.whl
 
-# The CPU kernel for aarch64, under emulation: needs g++-aarch64-linux-gnu and qemu-user.
-AARCH64_SOURCES := tests/core/aarch64_bits.cpp csrc/cpu/kernel.cpp csrc/cpu/plan.cpp csrc/cpu/prox_sgd.cpp
-AARCH64_FLAGS := -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math \
-	-fopenmp -DPROX_SGD_SIMD=baseline
+# The portable CPU kernel on aarch64, under emulation, against the AVX2 kernel here: needs
+# g++-aarch64-linux-gnu and qemu-user.
+AARCH64_SOURCES := tests/core/aarch64_bits.cpp csrc/cpu/elements.cpp csrc/cpu/plan.cpp csrc/cpu/launch.cpp
+AARCH64_FLAGS := -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp
 test-aarch64:
 	mkdir -p build/aarch64
 	aarch64-linux-gnu-g++ $(AARCH64_FLAGS) -static $(AARCH64_SOURCES) -o build/aarch64/bits
-	c++ $(AARCH64_FLAGS) $(AARCH64_SOURCES) -o build/aarch64/bits-here
+	c++ $(AARCH64_FLAGS) -mavx2 -mfma -mf16c $(AARCH64_SOURCES) -o build/aarch64/bits-here
 	build/aarch64/bits-here > build/aarch64/here
 	qemu-aarch64 build/aarch64/bits > build/aarch64/there
 	cmp build/aarch64/here build/aarch64/there

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -23,32 +24,6 @@ using Address = std::uintptr_t;
 
 // ---- structs whose fields are keyword arguments -------------------------------------------------
 
-// Calls visit(name, field) for every field.
-template <typename Visit>
-void for_each_field(const Options*, Visit&& visit) {
-  visit("lr", &Options::lr);
-  visit("momentum", &Options::momentum);
-  visit("dampening", &Options::dampening);
-  visit("weight_decay", &Options::weight_decay);
-  visit("l1", &Options::l1);
-  visit("nesterov", &Options::nesterov);
-  visit("maximize", &Options::maximize);
-  visit("proximal", &Options::proximal);
-  visit("frozen_zeros", &Options::frozen_zeros);
-  visit("grad_scale", &Options::grad_scale);
-  visit("grad_coefficient", &Options::grad_coefficient);
-  visit("first_step", &Options::first_step);
-}
-
-template <typename Visit>
-void for_each_field(const cuda::DeviceValues*, Visit&& visit) {
-  visit("lr", &cuda::DeviceValues::lr);
-  visit("l1", &cuda::DeviceValues::l1);
-  visit("grad_scale", &cuda::DeviceValues::grad_scale);
-  visit("grad_coefficient", &cuda::DeviceValues::grad_coefficient);
-  visit("found_inf", &cuda::DeviceValues::found_inf);
-}
-
 template <typename T>
 void assign(T& field, py::handle value) {
   if constexpr (std::is_pointer_v<T>) {
@@ -63,21 +38,23 @@ void assign(T& field, py::handle value) {
 template <typename Struct>
 Struct from_keywords(const py::kwargs& given, bool all_required) {
   Struct made{};
-  size_t used = 0;
-  for_each_field(&made, [&](const char* name, auto field) {
-    if (!given.contains(name)) {
+  py::dict left(**given);
+  Struct::for_each_field([&](const char* name, auto field) {
+    if (!left.contains(name)) {
       if (all_required) throw py::type_error(std::string("missing keyword argument: ") + name);
       return;
     }
+    const py::object value = left.attr("pop")(name);
     try {
-      assign(made.*field, given[name]);
+      assign(made.*field, value);
     } catch (const py::cast_error&) {
-      throw py::type_error(std::string(name) + ": " + py::repr(given[name]).cast<std::string>() +
+      throw py::type_error(std::string(name) + ": " + py::repr(value).cast<std::string>() +
                            " is of another type");
     }
-    ++used;
   });
-  if (used != given.size()) throw py::type_error("unknown keyword argument");
+  for (const auto& [name, value] : left) {
+    throw py::type_error("unknown keyword argument: " + std::string(py::str(name)));
+  }
   return made;
 }
 
@@ -87,7 +64,7 @@ void bind_keywords(py::module_& m, const char* name, const char* doc, bool all_r
   type.def(py::init([all_required](const py::kwargs& given) {
     return from_keywords<Struct>(given, all_required);
   }));
-  for_each_field(static_cast<const Struct*>(nullptr), [&](const char* field_name, auto field) {
+  Struct::for_each_field([&](const char* field_name, auto field) {
     type.def_property_readonly(field_name, [field](const Struct& self) {
       if constexpr (std::is_pointer_v<std::decay_t<decltype(self.*field)>>) {
         return reinterpret_cast<Address>(self.*field);

@@ -25,8 +25,7 @@ struct Operands {
   int64_t* num_zeros;  // the zeros of the new parameter are added to it; null: not counted
 };
 
-// A parameter group's options as the user gives them. A new option is named here, in bindings.cpp
-// and in math/update.h.
+// A parameter group's options as the user gives them.
 struct Options {
   double lr;
   double momentum;
@@ -44,6 +43,23 @@ struct Options {
   MomentumMode momentum_mode() const {
     if (momentum == 0.0) return MomentumMode::none;
     return first_step ? MomentumMode::first_step : MomentumMode::running;
+  }
+
+  // Calls visit(name, pointer to member) for every option: how other languages set them by name.
+  template <typename Visit>
+  static void for_each_field(Visit&& visit) {
+    visit("lr", &Options::lr);
+    visit("momentum", &Options::momentum);
+    visit("dampening", &Options::dampening);
+    visit("weight_decay", &Options::weight_decay);
+    visit("l1", &Options::l1);
+    visit("nesterov", &Options::nesterov);
+    visit("maximize", &Options::maximize);
+    visit("proximal", &Options::proximal);
+    visit("frozen_zeros", &Options::frozen_zeros);
+    visit("grad_scale", &Options::grad_scale);
+    visit("grad_coefficient", &Options::grad_coefficient);
+    visit("first_step", &Options::first_step);
   }
 };
 
@@ -81,6 +97,15 @@ struct DeviceValues {
   const float* grad_scale = nullptr;
   const float* grad_coefficient = nullptr;
   const float* found_inf = nullptr;  // the step changes nothing where this isn't 0
+
+  template <typename Visit>
+  static void for_each_field(Visit&& visit) {
+    visit("lr", &DeviceValues::lr);
+    visit("l1", &DeviceValues::l1);
+    visit("grad_scale", &DeviceValues::grad_scale);
+    visit("grad_coefficient", &DeviceValues::grad_coefficient);
+    visit("found_inf", &DeviceValues::found_inf);
+  }
 };
 
 struct Launch {

@@ -1,14 +1,13 @@
-// Prints a hash of what the CPU kernel makes of pseudo-random tensors of every kind under 128
-// option sets, and of the zeros that it counts. Built for two architectures, it must print the same
-// twice: see `make test-aarch64`. Fails if threads treat subnormals in another way than their
-// caller.
+// Prints a hash of the CPU kernel's results, counted zeros included, for pseudo-random tensors of
+// every storage under 128 sets of options. Built for two architectures, it must print the same
+// twice: see `make test-aarch64`. Fails if threads treat subnormals differently from their caller.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <random>
 #include <vector>
 
-#include "../csrc/prox_sgd.h"
+#include "../../csrc/prox_sgd.h"
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
@@ -44,23 +43,31 @@ std::vector<unsigned char> draw(DType dtype, int64_t numel, std::mt19937_64& ran
   return bytes;
 }
 
-// What the tensors of a kind are stored in.
+// The dtypes of a storage's tensors.
 struct Stored {
-  Kind kind;
+  Storage storage;
   DType param;
-  DType momentum;
+  DType momentum_buffer;
   bool master;
 };
-constexpr Stored kKinds[] = {
-    {Kind::float32, DType::float32, DType::float32, false},
-    {Kind::float64, DType::float64, DType::float64, false},
-    {Kind::float16, DType::float16, DType::float16, false},
-    {Kind::bfloat16, DType::bfloat16, DType::bfloat16, false},
-    {Kind::float32_momentum_bfloat16, DType::float32, DType::bfloat16, false},
-    {Kind::bfloat16_master, DType::bfloat16, DType::float32, true},
-    {Kind::bfloat16_master_momentum_bfloat16, DType::bfloat16, DType::bfloat16, true},
-    {Kind::float16_master, DType::float16, DType::float32, true},
+constexpr Stored kStorages[] = {
+    {Storage::float32, DType::float32, DType::float32, false},
+    {Storage::float64, DType::float64, DType::float64, false},
+    {Storage::float16, DType::float16, DType::float16, false},
+    {Storage::bfloat16, DType::bfloat16, DType::bfloat16, false},
+    {Storage::float32_momentum_bfloat16, DType::float32, DType::bfloat16, false},
+    {Storage::bfloat16_master, DType::bfloat16, DType::float32, true},
+    {Storage::bfloat16_master_momentum_bfloat16, DType::bfloat16, DType::bfloat16, true},
+    {Storage::float16_master, DType::float16, DType::float32, true},
 };
+
+Options plain_options(double lr) {
+  Options options{};
+  options.lr = lr;
+  options.grad_scale = 1.0f;
+  options.grad_coefficient = 1.0f;
+  return options;
+}
 
 // As torch.set_flush_denormal does, for this thread.
 void flush_subnormals(bool flush) {
@@ -78,10 +85,9 @@ void flush_subnormals(bool flush) {
 std::vector<float> step_on_subnormals(int threads) {
   std::vector<float> p(400000, 3e-39f);
   const std::vector<float> g(p.size(), 2e-39f);
-  const Options plain{0.5, 0.0, 0.0, 0.0, 0.0, false, false, false, false, 1.0f, 1.0f, false};
   const auto numel = static_cast<int64_t>(p.size());
-  cpu::prox_sgd({{p.data(), g.data(), nullptr, nullptr, numel, nullptr}}, Kind::float32, plain,
-                cpu::Simd::baseline, threads);
+  cpu::prox_sgd({{p.data(), g.data(), nullptr, nullptr, numel, nullptr}}, Storage::float32,
+                plain_options(0.5), threads);
   return p;
 }
 
@@ -101,7 +107,7 @@ bool threads_flush_as_their_caller() {
 
 int main() {
   if (!threads_flush_as_their_caller()) {
-    std::puts("threads treat subnormals in another way than their caller");
+    std::puts("threads treat subnormals differently from their caller");
     return 1;
   }
   std::mt19937_64 random(5);
@@ -114,36 +120,32 @@ int main() {
       take(width(dtype) == 2 && is_nan16(dtype, bits) ? 0x7fff : bits);
     }
   };
-  for (const Stored& stored : kKinds) {
+  for (const Stored& stored : kStorages) {
     for (int set = 0; set < 128; ++set) {
       const int64_t numel = 1000 + set;
       auto p = draw(stored.param, numel, random);
       const auto g = draw(stored.param, numel, random);
-      auto m = draw(stored.momentum, numel, random);
+      auto m = draw(stored.momentum_buffer, numel, random);
       auto w = draw(DType::float32, stored.master ? numel : 0, random);
       const bool momentum = set & 1;
       const bool dampening = set & 2;
-      const Options options{0.1,
-                            momentum ? 0.9 : 0.0,
-                            dampening ? 0.3 : 0.0,
-                            set & 4 ? 0.01 : 0.0,
-                            set & 8 ? 0.05 : 0.0,
-                            momentum && !dampening && (set & 64) != 0,
-                            (set & 16) != 0,
-                            (set & 32) != 0,
-                            false,
-                            1.0f,
-                            1.0f,
-                            false};
-      int64_t zeros = 0;
-      int64_t* const counter = set % 3 ? &zeros : nullptr;
+      Options options = plain_options(0.1);
+      options.momentum = momentum ? 0.9 : 0.0;
+      options.dampening = dampening ? 0.3 : 0.0;
+      options.weight_decay = set & 4 ? 0.01 : 0.0;
+      options.l1 = set & 8 ? 0.05 : 0.0;
+      options.nesterov = momentum && !dampening && (set & 64) != 0;
+      options.maximize = (set & 16) != 0;
+      options.proximal = (set & 32) != 0;
+      int64_t num_zeros = 0;
+      int64_t* const counter = set % 3 ? &num_zeros : nullptr;
       cpu::prox_sgd(
           {{p.data(), g.data(), m.data(), stored.master ? w.data() : nullptr, numel, counter}},
-          stored.kind, options, cpu::Simd::baseline, 1);
+          stored.storage, options, 1);
       take_all(stored.param, p);
-      take_all(stored.momentum, m);
+      take_all(stored.momentum_buffer, m);
       take_all(DType::float32, w);
-      take(static_cast<uint64_t>(zeros));
+      take(static_cast<uint64_t>(num_zeros));
     }
   }
   std::printf("%016llx\n", static_cast<unsigned long long>(hash));

@@ -10,7 +10,7 @@ import reference
 import torch
 from reference import assert_same
 
-from resnet_reg_ext import ProxSGD
+from resnet_reg_ext import _C, ProxSGD
 from resnet_reg_ext.backends import native
 from resnet_reg_ext.functional import prox_sgd_
 
@@ -40,7 +40,7 @@ OPTIONS = {
     "dampening, no l1": {"momentum": 0.9, "dampening": 0.3, "l1": 0.0},
     "no momentum": {"momentum": 0.0, "weight_decay": 0.02, "l1": 0.1},
 }
-LEVELS = native._C.simd_levels()
+LEVELS = [level for level in _C.simd_levels() if level != "none"]  # those with a kernel
 
 
 def trajectory(dtype, options, fused=True, steps=2):
@@ -66,8 +66,8 @@ def test_every_thread_count_and_level(options, dtype):
     torch.set_num_threads(1)
     expected = trajectory(dtype, OPTIONS[options], fused=False)
     for level in LEVELS:
-        native._C.set_simd_level(level)
-        assert native._C.simd_level() == level
+        _C.set_simd_level(level)
+        assert _C.simd_level() == level
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
             actual = trajectory(dtype, OPTIONS[options])
@@ -94,7 +94,7 @@ def flushing():
 @pytest.mark.parametrize("level", LEVELS)
 def test_float16s_subnormals_are_no_subnormals_to_compute_with(level):
     """In float32 they are ordinary numbers, gradients of ordinary size among them."""
-    native._C.set_simd_level(level)
+    _C.set_simd_level(level)
     small = torch.arange(0, 1100, dtype=torch.int16).view(torch.float16)  # and some normal ones
     p, g = torch.zeros_like(small), small.clone()
     prox_sgd_([p], [g], lr=1.0, fused=True)
@@ -105,7 +105,7 @@ def test_float16s_subnormals_are_no_subnormals_to_compute_with(level):
 @pytest.mark.parametrize("level", LEVELS)
 def test_all_threads_flush_subnormals_if_the_caller_does(level):
     """torch.set_flush_denormal changes the thread that calls it, none of those that wait."""
-    native._C.set_simd_level(level)
+    _C.set_simd_level(level)
     # By its bits, as a number it would be zero.
     g = torch.full((64 * CHUNK,), 1000, dtype=torch.int32).view(torch.float32)
     for threads in (1, 2, 3, 4):
@@ -130,8 +130,8 @@ def extremes(dtype):
 @pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_extreme_values_at_every_level(level, dtype):
-    """The baseline emulates fma and the narrow types' rounding; not only in the middle range."""
-    native._C.set_simd_level(level)
+    """The narrow types' rounding is the kernel's own; not only in the middle range."""
+    _C.set_simd_level(level)
     some = extremes(dtype)
     for options in (
         {"lr": 1.0, "weight_decay": 0.7},
@@ -152,8 +152,8 @@ def test_extreme_values_at_every_level(level, dtype):
             assert_same(a, b, level)
 
 
-# What CPU kernels are compiled apart for; first steps, running ones and counting are in the test.
-KINDS = {
+# The kernel's variants; the test has first and later steps, counting and not.
+STORAGES = {
     **{dtype: (dtype, {}) for dtype in reference.DTYPES},
     "bfloat16 momentum": ("float32", {"momentum_dtype": torch.bfloat16}),
     "bfloat16 master": ("bfloat16", {"master_weights": True}),
@@ -175,10 +175,10 @@ VARIANTS = {
 @pytest.mark.usefixtures("runtime")
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kernel_gives_the_bits_and_the_zeros_of_pure_pytorch(kind, variant, level):
-    native._C.set_simd_level(level)
-    dtype, options = KINDS[kind]
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_kernel_gives_the_bits_and_the_zeros_of_pure_pytorch(storage, variant, level):
+    _C.set_simd_level(level)
+    dtype, options = STORAGES[storage]
     special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -6e-8])
     # Whole vectors, whole lines and every remainder of both; special values at many places.
     sizes = [*range(1, 36), 63, 64, 65, 1000]
@@ -217,21 +217,38 @@ def test_every_kernel_gives_the_bits_and_the_zeros_of_pure_pytorch(kind, variant
     assert any((p == 0).any() for p in params)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
-            assert_same(a, b, f"{kind}, {variant}, {level}")
+            assert_same(a, b, f"{storage}, {variant}, {level}")
 
 
-def test_both_levels_run_on_x86():
-    if os.uname().machine == "x86_64" and torch.backends.cpu.get_cpu_capability() != "DEFAULT":
-        assert LEVELS == ["baseline", "avx2"]
-    assert LEVELS[0] == "baseline"
+def test_the_levels_of_this_processor():
+    if os.uname().machine == "x86_64":
+        has_avx2 = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+        assert _C.simd_levels() == (["none", "avx2"] if has_avx2 else ["none"])
+    else:
+        assert _C.simd_levels() == ["none", "portable"]
 
 
 @pytest.mark.usefixtures("runtime")
-def test_an_unknown_level_is_refused():
-    before = native._C.simd_level()
-    with pytest.raises(ValueError, match=r"SIMD level 'avx1024' is unknown: 'baseline' or 'avx2'"):
-        native._C.set_simd_level("avx1024")
-    assert native._C.simd_level() == before
+@pytest.mark.parametrize("name", ["avx1024", "baseline", ""])
+def test_an_unknown_level_is_refused(name):
+    before = _C.simd_level()
+    with pytest.raises(ValueError, match=rf"SIMD level '{name}' is unknown: .* has 'none'"):
+        _C.set_simd_level(name)
+    assert _C.simd_level() == before
+
+
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_without_a_kernel_for_the_processor_steps_are_pure_pytorch(dtype):
+    """As on a processor below AVX2."""
+    assert _C.why_cpu_unusable() == ""
+    native = trajectory(dtype, OPTIONS["recipe"], fused=True)
+    _C.set_simd_level("none")
+    assert "SIMD level 'none'" in _C.why_cpu_unusable()
+    for a, b in zip(trajectory(dtype, OPTIONS["recipe"], fused=None), native, strict=True):
+        assert_same(a, b)
+    with pytest.raises(RuntimeError, match=r"fused=True, but .* SIMD level 'none'"):
+        trajectory(dtype, OPTIONS["recipe"], fused=True)
 
 
 @pytest.mark.usefixtures("runtime")
@@ -257,14 +274,13 @@ def test_the_switch_that_hides_the_exchange_api_took_effect():
 
 PROBE = """
 import zlib, torch
-from resnet_reg_ext import ProxSGD
-from resnet_reg_ext.backends import native
+from resnet_reg_ext import _C, ProxSGD
 p = torch.nn.Parameter(torch.linspace(-1, 1, 100_003))
-optimizer = ProxSGD([p], lr=0.1, l1=0.02, weight_decay=0.3, fused=True)
+optimizer = ProxSGD([p], lr=0.1, l1=0.02, weight_decay=0.3)
 for i in range(3):
     p.grad = torch.sin(torch.arange(100_003) * (i + 1.0)).mul(8).round().div(8)
     optimizer.step()
-print(native._C.simd_level(), zlib.crc32(p.detach().numpy().tobytes()))
+print(_C.simd_level(), zlib.crc32(p.detach().numpy().tobytes()))
 """
 
 
@@ -285,9 +301,9 @@ def test_environment_variable_picks_the_level(tmp_path):
         p.grad = torch.sin(torch.arange(100_003) * (i + 1.0)).mul(8).round().div(8)
         optimizer.step()
     checksum = str(zlib.crc32(p.detach().numpy().tobytes()))
-    # Not the default level, so that the variable is seen to act; in a new process, natively.
-    result = run_probe(tmp_path, RESNET_REG_EXT_SIMD="baseline", OMP_NUM_THREADS="2")
-    assert result.stdout.split() == ["baseline", checksum], result.stderr
+    for level in _C.simd_levels():
+        result = run_probe(tmp_path, RESNET_REG_EXT_SIMD=level, OMP_NUM_THREADS="2")
+        assert result.stdout.split() == [level, checksum], result.stderr
 
 
 def test_environment_variable_with_an_unknown_level(tmp_path):

@@ -19,8 +19,8 @@ FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-lineinfo")  # test_ptx_kernels c
 UNITS_PER_BLOCK = 1024
 
 
-class Kind(NamedTuple):
-    """What the tensors of a kernel are stored in, and the elements of one of its units."""
+class Storage(NamedTuple):
+    """The dtypes of a parameter's tensors, and the elements in one unit of its kernel."""
 
     param: str
     momentum: str
@@ -32,18 +32,18 @@ class Kind(NamedTuple):
         return "float32" if self.master else self.param
 
 
-KINDS = {
-    "float32": Kind("float32", "float32", False, 4),
-    "float64": Kind("float64", "float64", False, 2),
-    "float16": Kind("float16", "float16", False, 8),
-    "bfloat16": Kind("bfloat16", "bfloat16", False, 8),
-    "float32_momentum_bfloat16": Kind("float32", "bfloat16", False, 4),
-    "bfloat16_master": Kind("bfloat16", "float32", True, 4),
-    "bfloat16_master_momentum_bfloat16": Kind("bfloat16", "bfloat16", True, 4),
-    "float16_master": Kind("float16", "float32", True, 4),
+STORAGES = {
+    "float32": Storage("float32", "float32", False, 4),
+    "float64": Storage("float64", "float64", False, 2),
+    "float16": Storage("float16", "float16", False, 8),
+    "bfloat16": Storage("bfloat16", "bfloat16", False, 8),
+    "float32_momentum_bfloat16": Storage("float32", "bfloat16", False, 4),
+    "bfloat16_master": Storage("bfloat16", "float32", True, 4),
+    "bfloat16_master_momentum_bfloat16": Storage("bfloat16", "bfloat16", True, 4),
+    "float16_master": Storage("float16", "float32", True, 4),
 }
-STORAGE = {"float32": np.uint32, "float64": np.uint64, "float16": np.uint16, "bfloat16": np.uint16}
-VECTOR = {name: kind.unit for name, kind in KINDS.items()}
+BITS = {"float32": np.uint32, "float64": np.uint64, "float16": np.uint16, "bfloat16": np.uint16}
+VECTOR = {name: storage.unit for name, storage in STORAGES.items()}
 
 DEFAULTS = {
     "lr": 0.0,
@@ -53,7 +53,7 @@ DEFAULTS = {
     "l1": 0.0,
     "nesterov": False,
     "maximize": False,
-    "l2_mode": "coupled",
+    "proximal": False,
     "frozen_zeros": False,
     "grad_scale": 1.0,
     "grad_coefficient": 1.0,
@@ -61,18 +61,18 @@ DEFAULTS = {
 OPTIONS = [
     {"lr": 0.1},
     {"lr": 0.1, "l1": 0.3, "weight_decay": 0.1},
-    {"lr": 0.1, "l1": 0.3, "weight_decay": 0.1, "l2_mode": "proximal", "maximize": True},
+    {"lr": 0.1, "l1": 0.3, "weight_decay": 0.1, "proximal": True, "maximize": True},
     {"lr": 0.1, "momentum": 0.9},
     {"lr": 0.1, "momentum": 0.9, "l1": 0.03, "weight_decay": 0.1},
     {"lr": 0.1, "momentum": 0.9, "l1": 0.03, "weight_decay": 0.1, "nesterov": True},
     {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "l1": 0.06, "maximize": True},
-    {"lr": 0.1, "momentum": 0.7, "l1": 0.1, "weight_decay": 0.5, "l2_mode": "proximal"},
-    {"lr": 0.1, "momentum": 0.7, "nesterov": True, "l2_mode": "proximal", "weight_decay": 0.5},
+    {"lr": 0.1, "momentum": 0.7, "l1": 0.1, "weight_decay": 0.5, "proximal": True},
+    {"lr": 0.1, "momentum": 0.7, "nesterov": True, "proximal": True, "weight_decay": 0.5},
     {"lr": 0.1, "momentum": 0.9, "l1": 0.03, "frozen_zeros": True, "weight_decay": 0.1},
     {"lr": 0.1, "momentum": 0.9, "l1": 0.03, "grad_scale": 48.0, "grad_coefficient": 0.3},
 ]
-# What the kernel may read in device memory when it runs, in the order of the plan's argument.
-VARYING = ("lr", "l1", "grad_scale", "grad_coefficient", "found_inf")
+# The values that the kernel may read in device memory when it runs.
+ON_DEVICE = ("lr", "l1", "grad_scale", "grad_coefficient", "found_inf")
 
 
 def option_id(options: dict[str, Any]) -> str:
@@ -138,11 +138,13 @@ def make_tensors(
 ) -> list[Tensor]:
     rng = np.random.default_rng(seed)
     cycle = itertools.cycle(skews or [(0, 0, 0)])
-    kind = KINDS[dtype]
+    storage = STORAGES[dtype]
     tensors = []
     for n in sizes:
-        stored = [draw(n, d, rng, threshold) for d in (kind.param, kind.param, kind.momentum)]
-        master = draw(n, "float32", rng, threshold) if kind.master else None
+        stored = [
+            draw(n, d, rng, threshold) for d in (storage.param, storage.param, storage.momentum)
+        ]
+        master = draw(n, "float32", rng, threshold) if storage.master else None
         tensors.append(Tensor(*stored, skews=next(cycle), w=master))
     return tensors
 
@@ -150,56 +152,72 @@ def make_tensors(
 def signed_zeros(dtype: str) -> Tensor:
     """Every combination of +0, -0 and a number among parameter, gradient and momentum."""
     values = np.array(list(itertools.product((0.0, -0.0, 0.25), repeat=3)))
-    kind = KINDS[dtype]
-    stored = (kind.param, kind.param, kind.momentum)
+    storage = STORAGES[dtype]
+    stored = (storage.param, storage.param, storage.momentum)
     columns = [to_bits(values[:, i].copy(), d) for i, d in enumerate(stored)]
-    return Tensor(*columns, w=to_bits(values[:, 0].copy(), "float32") if kind.master else None)
+    return Tensor(*columns, w=to_bits(values[:, 0].copy(), "float32") if storage.master else None)
 
 
 # ---- plans and programs ------------------------------------------------------------------------
 
+# plan(storage, rows, options, device_values, capacity): the launches of Options and DeviceValues
+# that are given by name, missing ones being the defaults.
 Plan = Callable[..., list[dict[str, Any]]]
 
 
-def plan_arguments(options: dict[str, Any], first: bool) -> tuple[Any, ...]:
-    o = {**DEFAULTS, **options}
-    return (
-        o["lr"],
-        o["momentum"],
-        o["dampening"],
-        o["weight_decay"],
-        o["l1"],
-        o["nesterov"],
-        o["maximize"],
-        o["l2_mode"] == "proximal",
-        o["frozen_zeros"],
-        o["grad_scale"],
-        o["grad_coefficient"],
-        first,
+def named_options(options: dict[str, Any], first: bool) -> dict[str, Any]:
+    """All fields of the core's Options."""
+    return {**DEFAULTS, **options, "first_step": first}
+
+
+def installed_plan(
+    storage: str,
+    rows: Sequence[Sequence[int]],
+    options: dict[str, Any],
+    device_values: dict[str, int] | None = None,
+    capacity: int = 0,
+) -> list[dict[str, Any]]:
+    """The plan of the installed module."""
+    from resnet_reg_ext import _C
+
+    values = _C.DeviceValues(**(device_values or {}))
+    launches: list[dict[str, Any]] = _C.plan_prox_sgd_cuda(
+        storage, rows, _C.Options(**options), values, capacity
     )
+    return launches
 
 
 SHIM = r"""
-#include "cuda/plan.h"
+#include "prox_sgd.h"
 #include <cstring>
 #include <exception>
 using namespace prox_sgd;
+static Options options;
+static cuda::DeviceValues device_values;
 static std::vector<cuda::Launch> launches;
-extern "C" long plan(int kind, long count, uint64_t* rows, double lr, double momentum,
-                     double dampening, double weight_decay, double l1, bool nesterov, bool maximize,
-                     bool proximal, bool frozen_zeros, float grad_scale, float grad_coefficient,
-                     bool first, uint64_t* device, long capacity) {
-  Options o{lr, momentum, dampening, weight_decay, l1, nesterov, maximize, proximal, frozen_zeros,
-            grad_scale, grad_coefficient, first};
-  cuda::DeviceValues values;
-  std::memcpy(&values, device, sizeof values);
+template <typename Struct, typename Value>
+static bool set(Struct& to, const char* name, Value value) {
+  bool found = false;
+  Struct::for_each_field([&](const char* known, auto field) {
+    if (std::strcmp(name, known)) return;
+    to.*field = (std::decay_t<decltype(to.*field)>)value;
+    found = true;
+  });
+  return found;
+}
+extern "C" bool set_option(const char* name, double value) { return set(options, name, value); }
+extern "C" bool set_device_value(const char* name, uint64_t address) {
+  return set(device_values, name, address);
+}
+extern "C" long plan(int storage, long count, uint64_t* rows, long capacity) {
   std::vector<Operands> operands;
   for (long i = 0; i < count; ++i, rows += 6) {
     operands.push_back({(void*)rows[0], (const void*)rows[1], (void*)rows[2], (void*)rows[3],
                         (int64_t)rows[5], (int64_t*)rows[4]});
   }
   try {
-    launches = cuda::plan(operands, static_cast<Kind>(kind), o, values, capacity);
+    launches = cuda::plan(operands, static_cast<Storage>(storage), options, device_values,
+                          capacity);
   } catch (const std::exception&) {
     return -1;
   }
@@ -224,33 +242,27 @@ def compile_plan(csrc: Path, out: Path, defines: Sequence[str] = ()) -> Plan:
     subprocess.run([*command, shim, csrc / "cuda" / "plan.cpp", "-o", library], check=True)
     code = ctypes.CDLL(str(library))
     code.kernel.restype = ctypes.c_char_p
-    code.plan.argtypes = [
-        ctypes.c_int,
-        ctypes.c_long,
-        ctypes.c_void_p,
-        *[ctypes.c_double] * 5,
-        *[ctypes.c_bool] * 4,
-        *[ctypes.c_float] * 2,
-        ctypes.c_bool,
-        ctypes.c_void_p,
-        ctypes.c_long,
-    ]
+    code.set_option.argtypes = [ctypes.c_char_p, ctypes.c_double]
+    code.set_option.restype = ctypes.c_bool
+    code.set_device_value.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
+    code.set_device_value.restype = ctypes.c_bool
+    code.plan.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_void_p, ctypes.c_long]
 
     def plan(
-        kind: str,
+        storage: str,
         rows: Sequence[Sequence[int]],
-        *arguments: Any,
-        device: Sequence[int] = (0,) * 5,
+        options: dict[str, Any],
+        device_values: dict[str, int] | None = None,
         capacity: int = 0,
-    ):
+    ) -> list[dict[str, Any]]:
+        for name, value in options.items():
+            assert code.set_option(name.encode(), value), name
+        for name in ON_DEVICE:
+            assert code.set_device_value(name.encode(), (device_values or {}).get(name, 0)), name
         table = np.array(rows, np.uint64).reshape(-1, 6)
-        values = np.array(device, np.uint64)
-        number = list(KINDS).index(kind)
-        count = code.plan(
-            number, len(table), table.ctypes.data, *arguments, values.ctypes.data, capacity
-        )
+        number = list(STORAGES).index(storage)
         launches = []
-        for i in range(count):
+        for i in range(code.plan(number, len(table), table.ctypes.data, capacity)):
             parameters = ctypes.create_string_buffer(code.bytes(i))
             code.copy(i, parameters)
             launches.append(
@@ -272,7 +284,7 @@ _modules: dict[tuple[Any, ...], ptx.Module] = {}
 def module_for(arch: str, csrc: Path = CSRC, flags: Sequence[str] = FLAGS) -> ptx.Module:
     key = (arch, csrc, tuple(flags))
     if key not in _modules:
-        _modules[key] = ptx.parse(ptx.compile_ptx(csrc / "cuda" / "kernel.cu", arch, flags))
+        _modules[key] = ptx.parse(ptx.compile_ptx(csrc / "cuda" / "elements.cu", arch, flags))
     return _modules[key]
 
 
@@ -311,18 +323,18 @@ def execute(
 ) -> Outcome:
     """Lays the tensors out in an arena and runs every launch of their plan.
 
-    ``on_device``: values of VARYING that the kernel is to find in device memory; the plan is then
+    ``on_device``: values of ON_DEVICE that the kernel is to find in device memory; the plan is then
     given others.
     """
     arena = ptx.Arena()
-    kind = KINDS[dtype]
-    types = [STORAGE[d] for d in (kind.param, kind.param, kind.momentum)]
+    storage = STORAGES[dtype]
+    types = [BITS[d] for d in (storage.param, storage.param, storage.momentum)]
     with_momentum = options.get("momentum", 0.0) != 0
     places = []
     for i, t in enumerate(tensors):
         sp, sg, sm = (s * d().itemsize for s, d in zip(t.skews[:3], types, strict=True))
         # A parameter with a master is only written.
-        data = None if kind.master else t.p.view(np.uint8)
+        data = None if storage.master else t.p.view(np.uint8)
         p = arena.allocate(t.p.nbytes, skew=sp, name=f"param {i}", data=data)
         g = arena.allocate(
             t.g.nbytes, skew=sg, name=f"grad {i}", data=t.g.view(np.uint8), writable=False
@@ -332,7 +344,7 @@ def execute(
             data = None if first else t.m.view(np.uint8)
             m = arena.allocate(t.m.nbytes, skew=sm, name=f"momentum {i}", data=data)
         w = z = None
-        if kind.master:
+        if storage.master:
             data = t.w.view(np.uint8)
             w = arena.allocate(
                 t.w.nbytes, skew=(*t.skews, t.skews[0])[3] * 4, name=f"master {i}", data=data
@@ -345,16 +357,15 @@ def execute(
         for row, t in zip(places, tensors, strict=True)
     ]
     given = dict(options)
-    device = [0] * len(VARYING)
+    device_values = {}
     for name, value in (on_device or {}).items():
         data = np.array([value], np.float64 if name in ("lr", "l1") else np.float32)
-        device[VARYING.index(name)] = arena.allocate(
+        device_values[name] = arena.allocate(
             data.nbytes, name=name, data=data.view(np.uint8), writable=False
         ).address
         given[name] = 123.0
     given.pop("found_inf", None)
-    arguments = plan_arguments(given, first)
-    launches = plan(dtype, rows, *arguments, device=device, capacity=capacity)
+    launches = plan(dtype, rows, named_options(given, first), device_values, capacity)
     outcome = Outcome([], [])
     for launch in launches:
         outcome.results.append(
@@ -385,18 +396,20 @@ def expected(
     dtype: str, tensors: Sequence[Tensor], options: dict[str, Any], first: bool
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """What the NumPy reference says: parameters, momentum buffers and masters."""
-    kind = KINDS[dtype]
+    storage = STORAGES[dtype]
     with_momentum = options.get("momentum", 0.0) != 0
     params, momenta, masters = [], [], []
     for t in tensors:
-        m = to_values(t.m, kind.momentum) if with_momentum and not first else None
-        p = to_values(t.w if kind.master else t.p, kind.weight)
-        g = to_values(t.g, kind.param)
-        p, m = reference.step(p, g, m, kind.weight, momentum_dtype=kind.momentum, **options)
-        params.append(to_bits(p, kind.param))
+        m = to_values(t.m, storage.momentum) if with_momentum and not first else None
+        p = to_values(t.w if storage.master else t.p, storage.weight)
+        g = to_values(t.g, storage.param)
+        by_mode = {k: v for k, v in options.items() if k != "proximal"}
+        by_mode["l2_mode"] = "proximal" if options.get("proximal") else "coupled"
+        p, m = reference.step(p, g, m, storage.weight, momentum_dtype=storage.momentum, **by_mode)
+        params.append(to_bits(p, storage.param))
         if with_momentum:
-            momenta.append(to_bits(m, kind.momentum))
-        if kind.master:
+            momenta.append(to_bits(m, storage.momentum))
+        if storage.master:
             masters.append(to_bits(p, "float32"))
     return params, momenta, masters
 
@@ -412,7 +425,7 @@ def differences(actual: Sequence[np.ndarray], wanted: Sequence[np.ndarray], dtyp
 
 def differing(outcome: Outcome, wanted: tuple[list[np.ndarray], ...], dtype: str) -> dict[str, int]:
     """Elements that differ, of parameters, momentum buffers and masters."""
-    kind = KINDS[dtype]
+    storage = STORAGES[dtype]
     got = (outcome.params, outcome.momenta, outcome.masters)
     return {
         name: differences(a, b, stored)
@@ -420,14 +433,14 @@ def differing(outcome: Outcome, wanted: tuple[list[np.ndarray], ...], dtype: str
             ("params", "momenta", "masters"),
             got,
             wanted,
-            (kind.param, kind.momentum, "float32"),
+            (storage.param, storage.momentum, "float32"),
             strict=True,
         )
     }
 
 
 def zeros_in(params: Sequence[np.ndarray], dtype: str) -> list[int]:
-    return [int(np.count_nonzero(to_values(p, KINDS[dtype].param) == 0)) for p in params]
+    return [int(np.count_nonzero(to_values(p, STORAGES[dtype].param) == 0)) for p in params]
 
 
 def boundary_sizes(dtype: str) -> list[int]:

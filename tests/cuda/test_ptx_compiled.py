@@ -11,15 +11,15 @@ import ptx
 import pytest
 from kernel_figures import SHIPPED, resources
 
-# Of 65,536 registers an SM, 32 warps of 32 threads get 64 each. That many warps have
-# 1,024 * 5 * 16 bytes in flight, several times what hides memory's latency.
+# 65,536 registers of an SM are 64 for each thread of 32 warps. That many warps have
+# 1,024 * 5 * 16 bytes in flight, several times the bandwidth times the latency of memory.
 MOST_REGISTERS = 64
-KERNELS = {f"prox_sgd_{kind}" for kind in harness.KINDS}
+KERNELS = {f"prox_sgd_{storage}" for storage in harness.STORAGES}
 
 
 def disassemble(arch: str, kernel: str) -> list[str]:
     """The kernel's machine code, an instruction a line, in order of address."""
-    cubin, _ = ptx.compile_cubin(harness.CSRC / "cuda" / "kernel.cu", arch, harness.FLAGS)
+    cubin, _ = ptx.compile_cubin(harness.CSRC / "cuda" / "elements.cu", arch, harness.FLAGS)
     text = subprocess.run(
         [ptx.find_tool("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True
     ).stdout
@@ -43,9 +43,11 @@ def test_no_spills_no_stack_and_few_registers(arch):
         assert used.registers <= most, kernel
 
 
-@pytest.mark.parametrize("kind", harness.KINDS)
-def test_launches_of_a_step_on_resnet50_are_those_committed(kind):
-    assert kernel_figures.resnet50_launches(kind) == kernel_figures.committed()["resnet50"][kind]
+@pytest.mark.parametrize("storage", harness.STORAGES)
+def test_launches_of_a_step_on_resnet50_are_those_committed(storage):
+    assert (
+        kernel_figures.resnet50_launches(storage) == kernel_figures.committed()["resnet50"][storage]
+    )
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

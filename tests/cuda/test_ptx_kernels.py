@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from pathlib import Path
 
@@ -10,56 +9,57 @@ import cuda_harness as harness
 import numpy as np
 import ptx
 import pytest
-import torch
-from cuda_harness import DEFAULTS, OPTIONS, STORAGE, UNITS_PER_BLOCK, VECTOR, option_id
+from cuda_harness import BITS, DEFAULTS, OPTIONS, UNITS_PER_BLOCK, VECTOR, option_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_figures import resnet50_sizes
 
-from resnet_reg_ext.backends import dispatch
-from resnet_reg_ext.backends.bucket import Bucket
-from resnet_reg_ext.backends.native import _C
-from resnet_reg_ext.options import Options
+from resnet_reg_ext import _C
 
-DTYPES = tuple(harness.KINDS)
+DTYPES = tuple(harness.STORAGES)
 ARCHITECTURES = ("compute_80", "compute_90", ptx.newest_arch())
 
 
+DLPACK = {"float32": (2, 32), "float64": (2, 64), "float16": (2, 16), "bfloat16": (4, 16)}
+
+
+class Bits(np.ndarray):
+    """An array of bits with the dtype that they stand for."""
+
+    dtype_name: str
+
+
 def on_cpu(dtype, tensors, options, first):
-    """What the CPU backend makes of the same bytes: parameters, momentum buffers and masters."""
-    kind = harness.KINDS[dtype]
+    """The CPU kernel's result for the same bytes: parameters, momentum buffers and masters."""
+    storage = harness.STORAGES[dtype]
 
-    def tensor(bits, stored):
-        signed = np.dtype(f"int{8 * bits.itemsize}")
-        return torch.from_numpy(bits.copy().view(signed)).view(getattr(torch, stored))
+    def stored(bits, name):
+        array = bits.copy().view(Bits)
+        array.dtype_name = name
+        return array
 
-    def bits(tensors, stored):
-        signed = getattr(torch, f"int{8 * STORAGE[stored]().itemsize}")
-        return [t.view(signed).numpy().view(STORAGE[stored]) for t in tensors]
+    def describe(array):
+        code, bits = DLPACK[array.dtype_name]
+        return array.ctypes.data, 1, 0, code, bits, array.shape, (1,)
 
-    ps = [tensor(t.p, kind.param) for t in tensors]
-    ms = [tensor(t.m, kind.momentum) for t in tensors] if options.get("momentum") else None
-    ws = [tensor(t.w, "float32") for t in tensors] if kind.master else None
-    gs = [tensor(t.g, kind.param) for t in tensors]
-    zeros = torch.zeros(len(ps), dtype=torch.int64)
-    numbers = Options.from_group({**DEFAULTS, "fused": True, **options})
-    numbers = dataclasses.replace(
-        numbers,
-        grad_scale=options.get("grad_scale", 1.0),
-        grad_coefficient=options.get("grad_coefficient", 1.0),
-    )
-    bucket = Bucket(ps, gs, ms, ws, first, str, zeros)
-    dispatch.prepare(bucket, numbers, fused=True)()
-    params = bits(ps, kind.param)
-    assert zeros.tolist() == harness.zeros_in(params, dtype)
-    return params, bits(ms or [], kind.momentum), bits(ws or [], "float32")
+    ps = [stored(t.p, storage.param) for t in tensors]
+    gs = [stored(t.g, storage.param) for t in tensors]
+    ms = [stored(t.m, storage.momentum) for t in tensors] if options.get("momentum") else None
+    ws = [stored(t.w, "float32") for t in tensors] if storage.master else None
+    num_zeros = np.zeros(len(ps), np.int64)
+    reader = _C.TensorReader(None, describe, None, Bits, Bits)
+    reading = reader.read(ps, gs, ms, ws, num_zeros.ctypes.data)
+    assert reading.misfits == []
+    _C.prox_sgd_(reader, reading, _C.Options(**harness.named_options(options, first)), 2, {})
+    assert num_zeros.tolist() == harness.zeros_in(ps, dtype)
+    return [[a.view(np.ndarray) for a in arrays or []] for arrays in (ps, ms, ws)]
 
 
 def check(arch, dtype, tensors, options, *, first=False, capacity=0, races=True, on_device=None):
     """Kernel, CPU backend and NumPy reference agree to the byte; the interpreter has no finding."""
     outcome = harness.execute(
         harness.module_for(arch),
-        _C.plan_prox_sgd_cuda,
+        harness.installed_plan,
         dtype,
         tensors,
         options,
@@ -87,16 +87,16 @@ def test_the_flags_are_those_of_the_build():
 def test_every_rounding_is_pinned(arch):
     """No multiplication and addition that ptxas would be free to fuse."""
     module = harness.module_for(arch)
-    assert sorted(ptx.list_kernels(module)) == sorted(f"prox_sgd_{d}" for d in _C.kinds)
-    assert _C.kinds == DTYPES
+    assert sorted(ptx.list_kernels(module)) == sorted(f"prox_sgd_{d}" for d in _C.storages)
+    assert _C.storages == DTYPES
     for kernel in module.kernels.values():
         assert ptx.contractable(kernel) == []
 
 
-# The kinds of one dtype on three architectures, the others on one.
+# Storages of one dtype on three architectures, the others on one.
 ON_ARCHITECTURES = pytest.mark.parametrize(
     ("dtype", "arch"),
-    [(d, a) for d in DTYPES for a in (ARCHITECTURES if d in STORAGE else ["compute_90"])],
+    [(d, a) for d in DTYPES for a in (ARCHITECTURES if d in BITS else ["compute_90"])],
 )
 
 
@@ -132,9 +132,9 @@ def test_values_in_device_memory_are_those_of_the_host(options, dtype):
     """Learning rate, l1, scale and coefficient are read when the kernel runs, to the same bits."""
     tensors = harness.make_tensors([VECTOR[dtype] + 1, 300], dtype, seed=10)
     values = {**DEFAULTS, **options}
-    everything = {name: values[name] for name in harness.VARYING[:-1]} | {"found_inf": 0.0}
+    everything = {name: values[name] for name in harness.ON_DEVICE[:-1]} | {"found_inf": 0.0}
     check("compute_80", dtype, tensors, options, on_device=everything)
-    for name in harness.VARYING[:-1]:
+    for name in harness.ON_DEVICE[:-1]:
         check("compute_80", dtype, tensors, options, on_device={name: values[name]})
 
 
@@ -157,7 +157,7 @@ def test_a_step_that_found_an_infinity_changes_nothing(dtype, first):
     tensors = harness.make_tensors([VECTOR[dtype] + 1, 300], dtype, seed=12)
     outcome = harness.execute(
         harness.module_for("compute_80"),
-        _C.plan_prox_sgd_cuda,
+        harness.installed_plan,
         dtype,
         tensors,
         OPTIONS[4],
@@ -247,7 +247,7 @@ def test_sizes_and_addresses_past_32_bits(arch):
         for i, (name, factor) in enumerate([("param", 7), ("grad", 11), ("momentum", 13)])
     ]
     row = (*(s.address for s in spans), 0, 0, numel)
-    (launch,) = _C.plan_prox_sgd_cuda("float32", [row], *harness.plan_arguments(options, False))
+    (launch,) = harness.installed_plan("float32", [row], harness.named_options(options, False))
     assert launch["grid"] == -(-numel // chunk)
     blocks = [0, 2**31 // chunk - 1, 2**31 // chunk, 2**32 // chunk - 1, 2**32 // chunk]
     result = ptx.launch(
@@ -272,8 +272,8 @@ def test_sizes_and_addresses_past_32_bits(arch):
 
 def test_a_bucket_too_large_for_a_grid_is_refused():
     with pytest.raises(ValueError, match="too large for one CUDA grid"):
-        _C.plan_prox_sgd_cuda(
-            "float64", [(16, 32, 48, 0, 0, 2**43)], *harness.plan_arguments({"lr": 0.1}, False)
+        harness.installed_plan(
+            "float64", [(16, 32, 48, 0, 0, 2**43)], harness.named_options({"lr": 0.1}, False)
         )
 
 
@@ -311,17 +311,17 @@ def test_resnet50_whole(dtype, options, bytes_an_element):
     assert len(sizes) == 161
     assert sum(sizes) == 25_557_032
     rng = np.random.default_rng(0)
-    kind = harness.KINDS[dtype]
-    pools = {d: harness.draw(2**20 + 7, d, rng, 0.03) for d in (kind.param, kind.momentum)}
+    storage = harness.STORAGES[dtype]
+    pools = {d: harness.draw(2**20 + 7, d, rng, 0.03) for d in (storage.param, storage.momentum)}
 
     def drawn(n, stored):
         return np.resize(np.roll(pools[stored], int(rng.integers(2**20))), n)
 
-    stored = (kind.param, kind.param, kind.momentum)
+    stored = (storage.param, storage.param, storage.momentum)
     tensors = [harness.Tensor(*(drawn(n, d) for d in stored)) for n in sizes]
     outcome = harness.execute(
         harness.module_for("compute_90"),
-        _C.plan_prox_sgd_cuda,
+        harness.installed_plan,
         dtype,
         tensors,
         options,

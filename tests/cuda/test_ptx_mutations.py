@@ -1,8 +1,8 @@
 """The checker is checked: bugs planted in kernel, plan and shared math must each be caught.
 
 A mutant is a copy of csrc/ with one small edit. Its plan is compiled with g++, its kernels with
-nvcc, and both run through the checks that the shipped sources pass. Each must be caught by the one
-that is meant for it, not merely by some check.
+nvcc, and both run through the checks that the shipped sources pass. The check that is meant for it
+must catch it, not just any.
 """
 
 from __future__ import annotations
@@ -30,42 +30,43 @@ class Mutant(NamedTuple):
     flags: tuple[str, ...] = harness.FLAGS
 
 
-MATH, KERNEL, PLAN = "prox_sgd_math.h", "cuda/kernel.cu", "cuda/plan.cpp"
+UPDATE, PROX, ROUNDING = "math/update.h", "math/prox.h", "math/rounding.h"
+KERNEL, PACKS, PLAN = "cuda/elements.cu", "cuda/packs.cuh", "cuda/plan.cpp"
 MUTANTS = [
     # the shared math
     Mutant(
         "threshold signs swapped",
-        MATH,
+        PROX,
         "fminf(fmaxf(v, -t), t)",
         "fminf(fmaxf(v, t), -t)",
         "bytes",
     ),
     Mutant(
         "fmax swallows NaN",
-        MATH,
-        "sub_(v, shrunk)",
-        "C(v > C(0) ? fmax(v - c.threshold, C(0)) : -fmax(-v - c.threshold, C(0)))",
+        PROX,
+        "sub_(v, keep(clamp_(v, t), mask))",
+        "C(v > C(0) ? fmax(v - t, C(0)) : -fmax(-v - t, C(0)))",
         "bytes",
     ),
     Mutant(
         "momentum averaged on the first step",
-        MATH,
-        "m = mode == Momentum::running ? averaged : d;",
-        "m = mode != Momentum::none ? averaged : d;",
+        UPDATE,
+        "m = mode == MomentumMode::running ? averaged : d;",
+        "m = mode != MomentumMode::none ? averaged : d;",
         "bytes",
     ),
-    Mutant("minus zero lost without nesterov", MATH, ", c.lookahead_sign))", ", 0u))", "bytes"),
-    Mutant("dampening forgotten", MATH, "1.0 - o.dampening);", "1.0);", "bytes"),
+    Mutant("minus zero lost without nesterov", UPDATE, ", c.lookahead_sign))", ", 0u))", "bytes"),
+    Mutant("dampening forgotten", UPDATE, "1.0 - o.dampening);", "1.0);", "bytes"),
     Mutant(
         "naive threshold lr * l1",
-        MATH,
-        "mul_(lr, mul_(l1, v.gain))",
+        UPDATE,
+        "mul_(lr, mul_(l1, s.k))",
         "mul_(lr, l1)",
         "bytes",
     ),
     Mutant(
         "contraction let loose",
-        MATH,
+        ROUNDING,
         "return __fadd_rn(a, -b); }",
         "return a - b; }",
         "contractable",
@@ -74,8 +75,8 @@ MUTANTS = [
     Mutant(
         "first step taken for a running one",
         "prox_sgd.h",
-        "first ? Momentum::first : Momentum::running",
-        "Momentum::running",
+        "first_step ? MomentumMode::first_step : MomentumMode::running",
+        "MomentumMode::running",
         "uninitialised",
     ),
     # the kernel
@@ -89,13 +90,13 @@ MUTANTS = [
     Mutant(
         "tail off by one",
         KERNEL,
-        "piece, in_vectors, size);",
-        "piece, in_vectors, size - 1);",
+        "arrays, in_vectors, size);",
+        "arrays, in_vectors, size - 1);",
         "bytes",
     ),
     Mutant(
         "alignment test dropped",
-        KERNEL,
+        PACKS,
         "% (N * sizeof(T)) == 0;",
         "% (N * sizeof(T)) < 99;",
         "misaligned",
@@ -103,7 +104,7 @@ MUTANTS = [
     Mutant(
         "alignment of the momentum forgotten",
         KERNEL,
-        "aligned<N>(piece.momentum) && ",
+        "aligned<N>(arrays.momentum_buffer) && ",
         "",
         "misaligned",
     ),
@@ -132,19 +133,19 @@ MUTANTS = [
         "race",
     ),
     Mutant(
-        "halves joined in the wrong order", KERNEL, "join(v[0], v[1])", "join(v[1], v[0])", "bytes"
+        "halves joined in the wrong order", PACKS, "join(v[0], v[1])", "join(v[1], v[0])", "bytes"
     ),
     Mutant(
         "momentum read on the first step",
         KERNEL,
-        "if (c.mode == Momentum::running) {",
-        "if (c.mode != Momentum::none) {",
+        "if (c.mode == MomentumMode::running) {",
+        "if (c.mode != MomentumMode::none) {",
         "uninitialised",
     ),
     Mutant(
         "momentum written without momentum",
         KERNEL,
-        "if (c.mode != Momentum::none) write",
+        "if (c.mode != MomentumMode::none) write",
         "if (true) write",
         "out-of-bounds",
     ),
@@ -162,7 +163,7 @@ MUTANTS = [
         "__launch_bounds__(kThreads, 8)",
         "spills",
     ),
-    Mutant("blocks too coarse", "cuda/kernel.h", "4 * kThreads", "1024 * kThreads", "balance"),
+    Mutant("blocks too coarse", "cuda/params.h", "4 * kThreads", "1024 * kThreads", "balance"),
     Mutant(
         "master weights not written",
         KERNEL,
@@ -173,7 +174,7 @@ MUTANTS = [
     Mutant(
         "alignment of the master forgotten",
         KERNEL,
-        " && aligned<N>(piece.weight)",
+        " && aligned<N>(arrays.weight)",
         "",
         "misaligned",
     ),
@@ -194,14 +195,14 @@ MUTANTS = [
     ),
     Mutant(
         "frozen zeros move",
-        MATH,
-        "clear_if_zero(p, c.frozen_zeros, mul_(moved, c.scale))",
-        "mul_(moved, c.scale)",
+        UPDATE,
+        "clear_if_zero(p, c.frozen_zeros, moved)",
+        "moved",
         "bytes",
     ),
     Mutant(
         "scaled gradients taken as they are",
-        MATH,
+        UPDATE,
         "flip(mul_(g, c.grad_factor), c.ascent)",
         "flip(g, c.ascent)",
         "bytes",
@@ -209,7 +210,7 @@ MUTANTS = [
     Mutant(
         "device's learning rate ignored",
         KERNEL,
-        "if (from.lr) v.lr = *from.lr;",
+        "if (from.lr) scheduled.lr = *from.lr;",
         "",
         "bytes",
     ),
@@ -313,10 +314,10 @@ def check_rounding(build: Build) -> set[str]:
 
 
 def check_launches(build: Build) -> set[str]:
-    arguments = harness.plan_arguments(PLAIN, False)
+    options = harness.named_options(PLAIN, False)
     empty = [(4096, 8192, 0, 0, 0, 0)]
     full = [(4096, 8192, 0, 0, 0, 5)]
-    counts = [len(build.plan("float32", t, *arguments, capacity=1)) for t in (empty, empty + full)]
+    counts = [len(build.plan("float32", t, options, capacity=1)) for t in (empty, empty + full)]
     return set() if counts == [0, 1] else {"launches"}
 
 
@@ -349,7 +350,7 @@ def check_past_32_bits(build: Build) -> set[str]:
     (launch,) = build.plan(
         "float32",
         [(p.address, g.address, 0, 0, 0, numel)],
-        *harness.plan_arguments({"lr": 0.5}, False),
+        harness.named_options({"lr": 0.5}, False),
     )
     result = ptx.launch(
         build.module,

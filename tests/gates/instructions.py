@@ -1,13 +1,13 @@
-"""Counts the instructions of the native step on a small input and compares with committed figures.
+"""Counts the native step's instructions on a small input, and compares with committed figures.
 
-``python tests/gates/instructions.py`` fails where a figure is exceeded by more than 3 %;
-``--update`` records new ones. Counts are the same on a busy machine, but belong to a
+``python tests/gates/instructions.py`` fails for a figure that is off by more than 3 %; ``--update``
+records new ones. Counts are the same on a busy machine and on a quiet one, but depend on the
 compiler: with another one nothing is compared. Needs valgrind.
 
-Only what the native module itself executes is counted. Python around it takes another number of
-instructions in every process, as its hash tables and allocator go by addresses: counting all of it,
-and taking the difference of a process with steps and one without, gave figures 6 % apart. One
-process, without torch, goes through all cases on memory of its own, on one thread.
+Only the native module's own instructions are counted. Python around it takes another number in
+every process, as its hash tables and allocator depend on addresses: the difference between a
+process with steps and one without varied by 6 %. One process, without torch, runs all cases on
+memory of its own, on one thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from resnet_reg_ext.backends import native
+from resnet_reg_ext import _native
 
 FIGURES = Path(__file__).resolve().parents[2] / "bench" / "results" / "instructions.json"
 SLACK = 0.03
@@ -32,7 +32,7 @@ FLOAT16, FLOAT32, FLOAT64, BFLOAT16 = (2, 16), (2, 32), (2, 64), (4, 16)
 
 
 class Case(NamedTuple):
-    """What is stepped and how; dtypes as DLPack's code and bits."""
+    """Storage types, as DLPack's code and bits, and options of a step."""
 
     weight: tuple[int, int] = FLOAT32
     buffer: tuple[int, int] = FLOAT32
@@ -40,7 +40,6 @@ class Case(NamedTuple):
     momentum: float = 0.9
     l1: float = 1e-5
     count_zeros: bool = False
-    level: str = "avx2"
     nesterov: bool = False
     maximize: bool = False
 
@@ -53,7 +52,6 @@ CASES = {
     "float32, nesterov": Case(nesterov=True),
     "float32, maximize": Case(maximize=True),
     "float32, momentum in bfloat16": Case(buffer=BFLOAT16),
-    "float32, baseline": Case(level="baseline"),
     "float64": Case(FLOAT64, FLOAT64),
     "float16": Case(FLOAT16, FLOAT16),
     "float16, zeros counted": Case(FLOAT16, FLOAT16, count_zeros=True),
@@ -64,8 +62,8 @@ CASES = {
     "bfloat16, master weights, zeros counted": Case(BFLOAT16, master=True, count_zeros=True),
 }
 
-# valgrind writes out what it has counted, and begins anew, whenever getppid is called: nothing else
-# calls it.
+# A function that nothing else calls: valgrind writes its counts to a file, and starts from 0 again,
+# at each call.
 MARK = "getppid"
 PROGRAM = """
 import ctypes, importlib.util, json, os, sys
@@ -81,28 +79,30 @@ class Memory:
 def describe(m):
     return m.address, 1, 0, *m.dtype, (m.elements,), (1,)
 sizes = [0, 1, 7, 64, 65, 1000, 32768, 32769, 40000] + [512] * 100
-reader = core.TensorReader(None, describe, lambda device: 0, lambda m: False, Memory, Memory)
-for weight, buffer, master, momentum, l1, count_zeros, level, nesterov, maximize in cases:
+reader = core.TensorReader(None, describe, lambda device: 0, Memory, Memory)
+for weight, buffer, master, momentum, l1, count_zeros, nesterov, maximize in cases:
     params, grads = ([Memory(n, *weight) for n in sizes] for _ in range(2))
     momenta = [Memory(n, *buffer) for n in sizes] if momentum else None
     masters = [Memory(n, 2, 32) for n in sizes] if master else None
     counters = (ctypes.c_int64 * len(sizes))()
     zeros = ctypes.addressof(counters) if count_zeros else 0
-    core.set_simd_level(level)
     reading = reader.read(params, grads, momenta, masters, zeros)
     assert not reading.misfits, reading.misfits
-    options = (0.1, momentum, 0.0, 1e-4, l1, nesterov, maximize, False, False, 1.0, 1.0)
-    options += (False, 1, {})
-    core.prox_sgd_(reader, reading, *options)
+    options = core.Options(
+        lr=0.1, momentum=momentum, dampening=0.0, weight_decay=1e-4, l1=l1, nesterov=nesterov,
+        maximize=maximize, proximal=False, frozen_zeros=False, grad_scale=1.0,
+        grad_coefficient=1.0, first_step=False,
+    )
+    core.prox_sgd_(reader, reading, options, 1, {})
     os.getppid()
     for _ in range(steps):
-        core.prox_sgd_(reader, reading, *options)
+        core.prox_sgd_(reader, reading, options, 1, {})
     os.getppid()
 """
 
 
 def instructions_of(module: str, profile: str) -> int:
-    """Instructions that were executed in an object, without what it calls elsewhere."""
+    """Instructions that were executed in an object, without its calls to other objects."""
     total, here, after_call = 0, False, False
     for line in profile.splitlines():
         if line.startswith("ob="):
@@ -110,7 +110,7 @@ def instructions_of(module: str, profile: str) -> int:
         elif line.startswith("calls="):
             after_call = True
         elif line[:1].isdigit() or line[:2] == "0x":
-            # The line below a call holds the cost of what was called.
+            # The line after a call holds the cost of the called function.
             if here and not after_call:
                 total += int(line.split()[-1])
             after_call = False
@@ -139,14 +139,14 @@ def measure(module: str, cases: dict[str, Case]) -> dict[str, int]:
         )
         if run.returncode:
             raise RuntimeError(f"valgrind failed:\n{run.stderr}")
-        # Written at every mark, numbered from 1: an even one holds the steps before it.
+        # One file for every mark, numbered from 1: the even ones hold the steps before them.
         profiles = [Path(f"{out}.{2 * i}").read_text() for i in range(1, len(cases) + 1)]
     counts = [instructions_of(module, profile) for profile in profiles]
     return {name: round(count / STEPS) for name, count in zip(cases, counts, strict=True)}
 
 
 def compare(figures: dict[str, int], committed: dict[str, int]) -> list[str]:
-    """A sentence for each case that isn't within the slack of what is committed."""
+    """A sentence for each case that isn't within the slack of its committed figure."""
     wrong = []
     for name in sorted(figures.keys() | committed.keys()):
         if name not in committed or name not in figures:
@@ -165,11 +165,11 @@ def why_not() -> str:
     """Why nothing can be compared here; empty where it can."""
     if not shutil.which("valgrind"):
         return "valgrind isn't installed"
-    if not native.available():
-        return f"{native.missing}"
-    if "avx2" not in native._C.simd_levels():
+    if not _native.available():
+        return f"{_native.missing}"
+    if "avx2" not in _native._C.simd_levels():
         return "this processor has no AVX2"
-    info = native._C.build_info()
+    info = _native._C.build_info()
     if info["sanitizers"]:
         return "the module is built with sanitizers"
     made_by = json.loads(FIGURES.read_text())["compiler"] if FIGURES.exists() else "no one"
@@ -186,11 +186,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.update and (reason := why_not()):
         print(f"not compared: {reason}")
         return 0
-    figures = measure(native._C.__file__, CASES)
+    figures = measure(_native._C.__file__, CASES)
     for name, figure in figures.items():
         print(f"{name}: {figure:,} instructions")
     if options.update:
-        compiler = native._C.build_info()["compiler"]
+        compiler = _native._C.build_info()["compiler"]
         text = json.dumps({"compiler": compiler, "instructions": figures}, indent=1)
         FIGURES.write_text(text + "\n")
         print(f"recorded in {FIGURES}")

@@ -1,7 +1,7 @@
-"""What the CUDA kernels take: registers, and launches and parameter bytes for ResNet-50.
+"""Registers of the CUDA kernels, and launches and parameter bytes for ResNet-50.
 
-``python tests/gates/kernel_figures.py`` writes bench/results/kernels.json, which the suite holds
-the kernels to. Registers are ptxas's, so they belong to a release of it.
+``python tests/gates/kernel_figures.py`` writes bench/results/kernels.json, which the suite compares
+the kernels with. ptxas allots registers, so the figures depend on its release.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Resources(NamedTuple):
 
 def resources(csrc: Path, arch: str, flags: tuple[str, ...]) -> dict[str, Resources]:
     """What each kernel takes, from `ptxas -v`."""
-    _, text = ptx.compile_cubin(csrc / "cuda" / "kernel.cu", arch, flags)
+    _, text = ptx.compile_cubin(csrc / "cuda" / "elements.cu", arch, flags)
     found = {}
     for part in text.split("Compiling entry function")[1:]:
         name = re.search(r"'(\w+)'", part)
@@ -58,20 +58,18 @@ def resnet50_sizes() -> list[int]:
     return [*sizes, 1000 * inside, 1000]
 
 
-def resnet50_launches(kind: str) -> list[dict[str, int]]:
+def resnet50_launches(storage: str) -> list[dict[str, int]]:
     """The launches of a step on ResNet-50 with momentum, from the plan of the installed module."""
-    from resnet_reg_ext.backends.native import _C
-
-    master = 2**43 if harness.KINDS[kind].master else 0
+    master = 2**43 if harness.STORAGES[storage].master else 0
     rows = [(2**40, 2**41, 2**42, master, 0, size) for size in resnet50_sizes()]
-    arguments = harness.plan_arguments({"lr": 0.1, "momentum": 0.9, "l1": 1e-5}, False)
+    options = harness.named_options({"lr": 0.1, "momentum": 0.9, "l1": 1e-5}, False)
     return [
         {
             "blocks": launch["grid"],
             "threads": launch["block"],
             "parameter_bytes": len(launch["parameters"]),
         }
-        for launch in _C.plan_prox_sgd_cuda(kind, rows, *arguments)
+        for launch in harness.installed_plan(storage, rows, options)
     ]
 
 
@@ -88,7 +86,7 @@ def main() -> None:
     figures = {
         "nvcc": compiler(),
         "registers": {arch: registers(arch) for arch in SHIPPED},
-        "resnet50": {kind: resnet50_launches(kind) for kind in harness.KINDS},
+        "resnet50": {name: resnet50_launches(name) for name in harness.STORAGES},
     }
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"recorded in {FIGURES}")

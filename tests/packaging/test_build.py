@@ -15,23 +15,27 @@ from pathlib import Path
 import pytest
 from ptx import compiler
 
+pytestmark = pytest.mark.one_torch
+
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT_CUDA = {"RESNET_REG_EXT_CUDA": "0"}
 
-# Runs on a Python that has no torch: the module itself must load, and plan and describe itself.
+# Runs on a Python that has no torch: the module loads, plans a launch and takes a step.
 SMOKE = """
 import glob, importlib.util, sys
 
-pytestmark = pytest.mark.one_torch
 (path,) = glob.glob(sys.argv[1] + "/resnet_reg_ext/_C*.so")
 spec = importlib.util.spec_from_file_location("_C", path)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 assert "torch" not in sys.modules
-assert module.build_info()["version"] and "baseline" in module.simd_levels()
+assert module.build_info()["version"] and "none" in module.simd_levels()
+def options(**chosen):
+    rest = dict(dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False, proximal=False,
+                frozen_zeros=False, grad_scale=1.0, grad_coefficient=1.0, first_step=False)
+    return module.Options(**chosen, **rest)
 (launch,) = module.plan_prox_sgd_cuda(
-    "float32", [(4096, 8192, 12288, 0, 0, 5000)], 0.1, 0.9, 0.0, 0.0, 1e-3,
-    False, False, False, False, 1.0, 1.0, False
+    "float32", [(4096, 8192, 12288, 0, 0, 5000)], options(lr=0.1, momentum=0.9, l1=1e-3)
 )
 assert launch["grid"] == 2 and launch["block"] == 256, launch
 class Reads:  # what the reader needs of a tensor, without torch
@@ -43,13 +47,10 @@ tensors = {name: Reads() for name in store}
 names = {id(t): n for n, t in tensors.items()}
 def describe(t):
     return (ctypes.addressof(store[names[id(t)]]), 1, 0, 2, 32, (3,), (1,))
-reader = module.TensorReader(
-    None, describe, lambda device: 0, lambda tensor: False, Reads, Reads
-)
+reader = module.TensorReader(None, describe, lambda device: 0, Reads, Reads)
 reading = reader.read([tensors["p"]], [tensors["g"]], None, None, 0)
 assert reading.misfits == [], reading.misfits
-module.prox_sgd_(reader, reading, 0.25, 0.0, 0.0, 0.0, 1.0,
-                 False, False, False, False, 1.0, 1.0, False, 2, {})
+module.prox_sgd_(reader, reading, options(lr=0.25, momentum=0.0, l1=1.0), 2, {})
 assert list(store["p"]) == [0.5, -1.0, 0.0], list(store["p"])
 print("smoke test passed")
 """
@@ -130,7 +131,7 @@ def test_a_source_distribution_builds_into_a_wheel_without_litter(
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
-    assert (source / "csrc" / "cuda" / "kernel.cu").is_file()
+    assert (source / "csrc" / "cuda" / "elements.cu").is_file()
 
     wheel = build_wheel(sys.executable, source, tmp_path / "wheel")
     names = zipfile.ZipFile(wheel).namelist()
@@ -160,12 +161,12 @@ def test_ninja_rebuilds_what_a_changed_header_touches_and_no_more(clean_copy: Pa
 
     build()
     assert "no work to do" in build()
-    header = clean_copy / "csrc" / "tensors.h"
+    header = clean_copy / "csrc" / "tensor_lists.h"
     header.write_text(header.read_text() + "\n// changed\n")
     output = build()
-    assert "tensors.cpp" in output
+    assert "tensor_lists.cpp" in output
     assert "bindings.cpp" in output
-    assert "kernel.cpp" not in output
+    assert "elements.cpp" not in output
 
 
 def configure(clean_copy: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -216,7 +217,7 @@ def test_a_compiler_of_ones_own_in_a_folder_that_a_shell_would_expand(
 
 
 def test_flags_that_would_change_the_rounding_are_refused() -> None:
-    header = ROOT / "csrc" / "prox_sgd_math.h"
+    header = ROOT / "csrc" / "math" / "update.h"
     command = ["g++", "-std=c++17", "-fsyntax-only", "-x", "c++", str(header)]
     assert run(command).returncode == 0
     result = run([*command, "-ffast-math"])
@@ -322,8 +323,9 @@ def test_chosen_architectures_are_built(
         "spec = importlib.util.spec_from_file_location('_C', sys.argv[1])\n"
         "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)\n"
         "print(m.build_info()['cuda_architectures'])\n"
-        "plan = m.plan_prox_sgd_cuda('float32', [(16, 32, 48, 0, 0, 1)] * 700, *[0.0] * 5,\n"
-        "                            *[False] * 4, 1.0, 1.0, False)\n"
+        "names = [name for name in dir(m.Options) if not name.startswith('_')]\n"
+        "options = m.Options(**{name: 0 for name in names})\n"
+        "plan = m.plan_prox_sgd_cuda('float32', [(16, 32, 48, 0, 0, 1)] * 700, options)\n"
         "print(*{len(launch['parameters']) for launch in plan})\n"
     )
     architectures, table = run([sys.executable, "-c", script, str(module)]).stdout.splitlines()

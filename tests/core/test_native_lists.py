@@ -1,0 +1,236 @@
+"""The compiled core by itself, on lists of arrays that a describer of our own tells it about."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from resnet_reg_ext import _C
+
+pytestmark = [pytest.mark.sanitized]
+
+DLPACK = {"float32": (2, 32), "float64": (2, 64), "float16": (2, 16)}
+CPU, CUDA = 1, 2
+COUNT = 161  # ResNet-50's parameters
+
+
+class Array(np.ndarray):
+    """An array, with the device that the describer says it is on."""
+
+    device = (CPU, 0)
+
+
+def array(values, dtype="float32", device=(CPU, 0)):
+    made = np.array(values, dtype).view(Array)
+    made.device = device
+    return made
+
+
+def describe(a):
+    strides = tuple(s // a.itemsize for s in a.strides)
+    return a.ctypes.data, *a.device, *DLPACK[a.dtype.name], a.shape, strides
+
+
+def reader(describer=describe):
+    return _C.TensorReader(None, describer, lambda device: 0, Array, Array)
+
+
+def options(**chosen):
+    names = [name for name in dir(_C.Options) if not name.startswith("_")]
+    defaults = dict.fromkeys(names, 0) | {"grad_scale": 1.0, "grad_coefficient": 1.0}
+    return _C.Options(**(defaults | chosen))
+
+
+def read(params, grads, momentum_buffers=None, master_params=None, num_zeros=0):
+    return reader().read(params, grads, momentum_buffers, master_params, num_zeros)
+
+
+def step(reading, threads=1, **chosen):
+    _C.prox_sgd_(reader(), reading, options(**chosen), threads, {})
+
+
+@pytest.mark.parametrize("odd", [0, 1, 127, 128, 140, 160])
+def test_the_odd_one_of_many_parameters_is_named_and_all_others_are_stepped(odd):
+    params = [array([1.0, 2.0]) for _ in range(COUNT)]
+    grads = [array([1.0, 1.0]) for _ in range(COUNT)]
+    grads[odd] = array([1.0, 1.0, 1.0])
+    reading = read(params, grads)
+    assert [misfit.index for misfit in reading.misfits] == [odd]
+    step(reading, lr=0.5)
+    for i, p in enumerate(params):
+        assert p.tolist() == ([1.0, 2.0] if i == odd else [0.5, 1.5]), i
+
+
+def test_every_parameter_has_its_own_count_of_zeros():
+    """Of parameters that fit, wholly zero ones among them, and of no others."""
+    params = [array(np.arange(i % 5 + 1) % (i % 3 + 1)) for i in range(COUNT)]
+    params[7], params[150] = array(np.zeros(9)), array(np.zeros(70))
+    grads = [array(np.zeros(p.shape)) for p in params]
+    grads[139] = array(np.zeros(99))
+    num_zeros = np.zeros(COUNT, np.int64)
+    step(read(params, grads, num_zeros=num_zeros.ctypes.data), lr=1.0)
+    wanted = [0 if i == 139 else np.count_nonzero(p == 0) for i, p in enumerate(params)]
+    assert num_zeros.tolist() == wanted
+
+
+@pytest.mark.parametrize("other", [(CUDA, 1), (CPU, 0)])
+@pytest.mark.parametrize("at", ["gradient", "momentum buffer"])
+def test_tensors_of_one_parameter_are_on_one_device(at, other):
+    on_first = [array([1.0], device=(CUDA, 0)) for _ in range(3)]
+    on_first[1 if at == "gradient" else 2] = array([1.0], device=other)
+    param, grad, momentum_buffer = on_first
+    (misfit,) = read([param], [grad], [momentum_buffer]).misfits
+    assert "another shape, device or dtype" in misfit.reason
+    assert not misfit.cuda_unusable
+
+
+def with_gaps(a):
+    return np.stack([a, a], -1).view(Array)[..., 0]
+
+
+LAYOUTS = {
+    "gradient": lambda a, b: ([a], [b], [a.copy()], None),
+    "momentum buffer": lambda a, b: ([a], [a.copy()], [b], None),
+    "a gradient with gaps": lambda a, b: ([a], [with_gaps(a)], None, None),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_another_layout_is_the_reason_only_if_there_is_no_other(case):
+    a, b = array(np.ones((2, 3))), array(np.ones((3, 2))).T
+    (misfit,) = read(*LAYOUTS[case](a, b)).misfits
+    assert misfit.layout_only
+
+    # Without memory.
+    def nowhere(tensor):
+        return (0, *describe(tensor)[1:])
+
+    (misfit,) = reader(nowhere).read(*LAYOUTS[case](a, b), 0).misfits
+    assert not misfit.layout_only
+    assert "can't be read" in misfit.reason
+    # The parameter itself with gaps.
+    (misfit,) = read([with_gaps(a)], [b]).misfits
+    assert "not dense" in misfit.reason
+
+
+@pytest.mark.skipif(not _C.why_cuda_unusable(0), reason="this build can use the GPU")
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_on_an_unusable_cuda_device_another_layout_is_not_the_reason(case):
+    def on_cuda(tensor):
+        address, _, _, *rest = describe(tensor)
+        return (address, CUDA, 0, *rest)
+
+    a, b = array(np.ones((2, 3))), array(np.ones((3, 2))).T
+    (misfit,) = reader(on_cuda).read(*LAYOUTS[case](a, b), 0).misfits
+    assert misfit.cuda_unusable
+    assert not misfit.layout_only
+
+
+@pytest.mark.parametrize("shape", [(2**16, 2**16), (2**32,), (2**20, 2**13)], ids=str)
+def test_sizes_are_not_cut_to_32_bits(shape):
+    """A tensor of 2^32 elements isn't an empty one, which would need no usable memory."""
+    strides = (shape[-1], 1)[-len(shape) :]
+
+    def huge(tensor):
+        return 0, CPU, 0, 2, 32, shape, strides
+
+    (misfit,) = reader(huge).read([array([1.0])], [array([1.0])], None, None, 0).misfits
+    assert "can't be read" in misfit.reason
+
+
+def test_float16_is_rounded_to_nearest_whatever_the_current_rounding_mode_is():
+    """A step of length 0 rounds master weights to parameters."""
+    masters = array(np.linspace(1, 2, 999))
+    params, grads = array(np.zeros(999), "float16"), array(np.ones(999), "float16")
+    wanted = masters.astype(np.float16)
+    reading = read([params], [grads], None, [masters])
+    assert reading.misfits == []
+    chosen = options()
+    libm = ctypes.CDLL("libm.so.6")
+    before = libm.fegetround()
+    upward = 0x800 if sys.platform == "linux" and _C.simd_level() == "avx2" else 0x400000
+    assert libm.fesetround(upward) == 0
+    try:
+        _C.prox_sgd_(reader(), reading, chosen, 1, {})
+    finally:
+        libm.fesetround(before)
+    assert np.array_equal(params, wanted)
+
+
+THREADS = """
+import os
+import numpy as np
+import test_native_lists as t
+p, g = t.array(np.zeros(1 << 20)), t.array(np.ones(1 << 20))
+before = len(os.listdir("/proc/self/task"))
+t.step(t.read([p], [g]), threads=5, lr=1.0)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(_C.openmp_runtime() == "none", reason="built without OpenMP")
+def test_a_step_takes_the_threads_that_it_may():
+    result = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        cwd=__file__.rpartition("/")[0],
+        env={"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "4\n", result.stderr
+
+
+def test_other_python_threads_run_during_a_step():
+    """One that watches the memory sees a step half done, which the GIL would hide."""
+    p, g = array(np.zeros(1 << 24)), array(np.ones(1 << 24))
+    reading = read([p], [g])
+    seen = 0
+    for attempt in range(1, 101):
+        worker = threading.Thread(target=step, args=(reading,), kwargs={"lr": 1.0})
+        worker.start()
+        while worker.is_alive() and not seen:
+            seen = int(p[0] == -attempt and p[-1] != -attempt)
+        worker.join()
+        if seen:
+            return
+    pytest.fail("never seen half done")
+
+
+class Meddling:
+    """A number whose conversion would run Python code."""
+
+    def __float__(self):
+        raise AssertionError("converted")
+
+    __index__ = __float__
+
+
+@pytest.mark.parametrize("devices", [{}, {0: _C.DeviceValues()}])
+def test_no_python_runs_between_reading_and_stepping(devices):
+    p = array([1.0])
+    reading = read([p], [array([1.0])])
+    with pytest.raises(TypeError):
+        _C.prox_sgd_(reader(), reading, options(), Meddling(), devices)
+    with pytest.raises(TypeError):
+        _C.prox_sgd_(reader(), reading, Meddling(), 1, devices)
+    assert p.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("wrong", ["missing", "unknown", "of another type"])
+def test_options_are_all_given_and_by_name(wrong):
+    names = {name: 0 for name in dir(_C.Options) if not name.startswith("_")}
+    if wrong == "missing":
+        del names["l1"]
+    elif wrong == "unknown":
+        names["learning_rate"] = 0.1
+    else:
+        names["l1"] = "strong"
+    with pytest.raises(TypeError, match="l1" if wrong != "unknown" else "learning_rate"):
+        _C.Options(**names)
+    with pytest.raises(TypeError):
+        _C.Options(0.1)
