@@ -562,7 +562,7 @@ def test_changes_while_tensors_are_read_do_no_harm(change, momentum):
             def __torch_function__(self, function, types, args=(), kwargs=None):
                 global calls
                 calls += 1
-                if calls in (1, 2, 150, 250, 290, 301, 450):
+                if calls in (3, 4, 150, 250, 290, 301, 450):  # the first ones are the profiler's
                     CHANGES[{change!r}](optimizer)
                 return function(*args, **(kwargs or {{}}))
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from resnet_reg_ext import _native
+from resnet_reg_ext.backends import native
 
 FIGURES = Path(__file__).resolve().parents[2] / "bench" / "results" / "instructions.json"
 SLACK = 0.03
@@ -165,11 +165,11 @@ def why_not() -> str:
     """Why nothing can be compared here; empty where it can."""
     if not shutil.which("valgrind"):
         return "valgrind isn't installed"
-    if not _native.available():
-        return f"{_native.missing}"
-    if "avx2" not in _native._C.simd_levels():
+    if not native.available():
+        return f"{native.missing}"
+    if "avx2" not in native._C.simd_levels():
         return "this processor has no AVX2"
-    info = _native._C.build_info()
+    info = native._C.build_info()
     if info["sanitizers"]:
         return "the module is built with sanitizers"
     made_by = json.loads(FIGURES.read_text())["compiler"] if FIGURES.exists() else "no one"
@@ -186,11 +186,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.update and (reason := why_not()):
         print(f"not compared: {reason}")
         return 0
-    figures = measure(_native._C.__file__, CASES)
+    figures = measure(native._C.__file__, CASES)
     for name, figure in figures.items():
         print(f"{name}: {figure:,} instructions")
     if options.update:
-        compiler = _native._C.build_info()["compiler"]
+        compiler = native._C.build_info()["compiler"]
         text = json.dumps({"compiler": compiler, "instructions": figures}, indent=1)
         FIGURES.write_text(text + "\n")
         print(f"recorded in {FIGURES}")
