@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import platform
 import sys
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ def info() -> str:
         return _table(rows)
     core = native._C
     build = core.build_info()
-    reads = "C exchange API" if native.has_exchange_api() else "Python (torch before 2.13)"
+    reads = "C exchange API" if native.has_exchange_api() else "Python (no C exchange API here)"
     levels = core.simd_levels()
     rows += [
         ("native module", f"{build['version']}, {build['compiler']}"),
@@ -44,32 +43,26 @@ def info() -> str:
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads)"),
         ("OpenMP", core.openmp_runtime()),
     ]
+    why = core.why_cpu_unusable()
+    on_cpu = f"pure PyTorch: {why}" if why else f"native, {core.simd_level()}"
+    rows.append(("steps on a CPU", on_cpu))
     if not build["cuda_toolkit"]:
         rows.append(("CUDA", f"not built: {build['cuda_left_out_because']}"))
-    else:
-        rows.append(("CUDA toolkit", _cuda_version(build["cuda_toolkit"])))
-        rows.append(("CUDA architectures", build["cuda_architectures"]))
-    driver = _driver_version()
-    rows.append(("NVIDIA driver", f"supports CUDA {_cuda_version(driver)}" if driver else "none"))
-    rows.append(("steps on a CPU", f"native, {core.simd_level()}"))
-    if build["cuda_toolkit"] and driver:
-        for index in range(torch.cuda.device_count()):
-            why = native.why_cuda_unusable(index)
-            rows.append((f"steps on cuda:{index}", f"pure PyTorch: {why}" if why else "native"))
+        return _table(rows)
+    driver = core.cuda_driver_version()
+    rows += [
+        ("CUDA toolkit", _cuda_version(build["cuda_toolkit"])),
+        ("CUDA architectures", build["cuda_architectures"]),
+        ("NVIDIA driver", f"supports CUDA {_cuda_version(driver)}" if driver else "none"),
+    ]
+    for index in range(torch.cuda.device_count() if driver else 0):
+        why = native.why_cuda_unusable(index)
+        rows.append((f"steps on cuda:{index}", f"pure PyTorch: {why}" if why else "native"))
     return _table(rows)
 
 
 def _cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def _driver_version() -> int:
-    version = ctypes.c_int(0)
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return 0
-    return version.value
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

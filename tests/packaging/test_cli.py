@@ -37,28 +37,30 @@ def test_info_says_what_is_here(capsys):
     else:
         assert said["CUDA"].startswith("not built: ")
         assert len(said["CUDA"]) > len("not built: ")
-    assert "NVIDIA driver" in said
+    assert ("NVIDIA driver" in said) is bool(build["cuda_toolkit"])
+    assert said["steps on a CPU"] == f"native, {native._C.simd_level()}"
 
 
 @pytest.mark.usefixtures("runtime")
 def test_info_tells_the_level_and_reader_in_use(capsys):
-    native._C.set_simd_level("baseline")
+    native._C.set_simd_level("none")
     native.use_exchange_api(False)
     cli.main(["info"])
     said = rows(capsys.readouterr().out)
-    assert said["SIMD level"].startswith("baseline")
+    assert said["SIMD level"].startswith("none")
+    assert said["steps on a CPU"] == f"pure PyTorch: {native._C.why_cpu_unusable()}"
     assert "Python" in said["reads tensors through"]
 
 
 def test_the_installed_script_runs(tmp_path):
-    environment = {**os.environ, "RESNET_REG_EXT_SIMD": "baseline"}
+    environment = {**os.environ, "RESNET_REG_EXT_SIMD": "none"}
     result = subprocess.run(
         [SCRIPT, "info"], cwd=tmp_path, capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, result.stderr
     said = rows(result.stdout)
     assert said["resnet_reg_ext"] == resnet_reg_ext.__version__
-    assert said["SIMD level"].startswith("baseline")
+    assert said["SIMD level"].startswith("none")
 
 
 def test_version(capsys):
