@@ -322,7 +322,7 @@ MUTANTS = [
 PLAIN, MOMENTUM, NESTEROV, DAMPENED, FROZEN, SCALED = (
     harness.OPTIONS[i] for i in (1, 3, 5, 6, 9, 10)
 )
-PROXIMAL = {"lr": 0.3, "momentum": 0.95, "weight_decay": 0.7, "proximal": True}
+PROXIMAL = {"lr": 0.2, "momentum": 0.95, "weight_decay": 0.7, "proximal": True}
 SIZES = [5, 0, 300, 2051, 4096 * 3 + 3, 1, 1024]
 
 
