@@ -26,7 +26,7 @@ struct TensorView {
   bool same_layout(const TensorView& other) const;  // expects the same shape
 };
 
-// Describes tensors through DLPack's C exchange API where torch has it (2.11 and newer), and
+// Describes tensors through DLPack's C exchange API where torch has it, and
 // through a Python function that gives the same description where it doesn't.
 class TensorDescriber {
  public:

@@ -10,18 +10,17 @@ template <typename T>
 struct TypedArrays {
   typename T::Param* param;
   const typename T::Grad* grad;
-  typename T::MomentumBuffer* momentum_buffer;  // null without momentum
+  typename T::MomentumBuffer* momentum_buffer;  // not to be used without momentum
   typename T::Weight* weight;
 };
 
-// The arrays from element `begin` on; T is a TypesOf<...>.
+// The arrays from element `begin` on, which is 0 where an array is null; T is a TypesOf<...>.
 template <typename T>
 PROX_SGD_HD TypedArrays<T> arrays_from(const Operands& o, int64_t begin) {
-  auto* const momentum_buffer = static_cast<typename T::MomentumBuffer*>(o.momentum_buffer);
   void* const weight = T::has_master ? o.master_param : o.param;
   return {static_cast<typename T::Param*>(o.param) + begin,
           static_cast<const typename T::Grad*>(o.grad) + begin,
-          momentum_buffer == nullptr ? nullptr : momentum_buffer + begin,
+          static_cast<typename T::MomentumBuffer*>(o.momentum_buffer) + begin,
           static_cast<typename T::Weight*>(weight) + begin};
 }
 

@@ -42,7 +42,11 @@ std::vector<Launch> plan_for(const std::vector<Operands>& operands, Storage stor
   for (const Operands& o : operands) {
     if (o.numel == 0) continue;
     if (table->count == capacity) flush();
-    table->entries[table->count++] = {o, table->units};
+    Entry& entry = table->entries[table->count++];
+    entry = {o, table->units};
+    // Without momentum the kernel never uses the buffer's address, but adds to it: undefined for
+    // null.
+    if (o.momentum_buffer == nullptr) entry.operands.momentum_buffer = o.param;
     table->units += (o.numel + T::per_unit - 1) / T::per_unit;
   }
   flush();

@@ -185,6 +185,47 @@ def test_a_step_takes_the_threads_that_it_may():
     assert result.stdout == "4\n", result.stderr
 
 
+POOL = r"""
+#include <omp.h>
+#include <xmmintrin.h>
+extern "C" void flush(bool on) {
+  _mm_setcsr(on ? _mm_getcsr() | 0x8040u : _mm_getcsr() & ~0x8040u);
+}
+extern "C" int flushing_threads(int threads) {
+  int count = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : count)
+  count += (_mm_getcsr() & 0x8000u) != 0;
+  return count;
+}
+"""
+
+
+@pytest.mark.skipif(_C.openmp_runtime() == "none", reason="built without OpenMP")
+@pytest.mark.skipif(_C.simd_level() != "avx2", reason="reads x86's control register")
+def test_threads_flush_subnormals_as_their_caller_and_then_in_their_own_mode(tmp_path):
+    """As another OpenMP program in the process, whose threads they are, too, finds them."""
+    source, library = tmp_path / "pool.cpp", tmp_path / "pool.so"
+    source.write_text(POOL)
+    command = ["g++", "-shared", "-fPIC", "-fopenmp", "-O1", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    pool = ctypes.CDLL(str(library))
+    size = 1 << 20
+    tiny = np.full(size, 1000, np.uint32).view(np.float32)
+    chosen = options(lr=1.0)
+    assert pool.flushing_threads(4) == 0
+    p, g = array(np.zeros(size)), array(tiny)
+    reading = read([p], [g])
+    pool.flush(True)
+    try:
+        _C.prox_sgd_(reader(), reading, chosen, 4, {})
+    finally:
+        pool.flush(False)
+    assert (p.view(np.uint32) << 1 == 0).all()
+    assert pool.flushing_threads(4) == 0
+    step(reading, threads=4, lr=1.0)
+    assert (p.view(np.uint32) << 1 != 0).all()
+
+
 def test_other_python_threads_run_during_a_step():
     """One that watches the memory sees a step half done, which the GIL would hide."""
     p, g = array(np.zeros(1 << 24)), array(np.ones(1 << 24))

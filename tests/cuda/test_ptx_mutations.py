@@ -16,7 +16,7 @@ import cuda_harness as harness
 import ptx
 import pytest
 from kernel_figures import resources
-from test_ptx_compiled import MOST_REGISTERS
+from test_ptx_compiled import LOADS, MOST_REGISTERS, disassemble, loads_before_first_use
 
 ARCH = "compute_90"
 
@@ -147,7 +147,7 @@ MUTANTS = [
         KERNEL,
         "if (c.mode != MomentumMode::none) write",
         "if (true) write",
-        "out-of-bounds",
+        "bytes",
     ),
     Mutant(
         "vector path never taken",
@@ -221,6 +221,69 @@ MUTANTS = [
         "false",
         "bytes",
     ),
+    Mutant(
+        "one pack in flight",
+        KERNEL,
+        "sizeof(typename T::Weight) == sizeof(float) ? 2 : 1",
+        "1",
+        "loads",
+    ),
+    Mutant(
+        "found_inf acts on exactly 1",
+        KERNEL,
+        "*parameters.values.found_inf != 0.0f",
+        "*parameters.values.found_inf == 1.0f",
+        "bytes",
+    ),
+    Mutant(
+        "NaN learning rate taken for 0",
+        UPDATE,
+        "s.lr < 0.0 ? 0.0 : s.lr",
+        "s.lr > 0.0 ? s.lr : 0.0",
+        "bytes",
+    ),
+    Mutant(
+        "NaN l1 taken for 0",
+        UPDATE,
+        "s.l1 < 0.0 ? 0.0 : s.l1",
+        "s.l1 > 0.0 ? s.l1 : 0.0",
+        "bytes",
+    ),
+    Mutant(
+        "1 - dampening rounded twice",
+        UPDATE,
+        "static_cast<C>(1.0 - o.dampening)",
+        "C(1) - static_cast<C>(o.dampening)",
+        "bytes",
+    ),
+    Mutant(
+        "proximal scale in another order",
+        UPDATE,
+        "mul_(lr, mul_(s.proximal_decay, s.k))",
+        "mul_(mul_(lr, s.proximal_decay), s.k)",
+        "bytes",
+    ),
+    Mutant(
+        "zeros of a tensor that is wholly zero not counted",
+        KERNEL,
+        "&& number != 0)",
+        "&& number % 32 != 0)",
+        "zeros",
+    ),
+    Mutant(
+        "no vector accesses while counting",
+        KERNEL,
+        "vectors ? size / N",
+        "vectors && !o.num_zeros ? size / N",
+        "vectors",
+    ),
+    Mutant(
+        "first unit compared in 32 bits",
+        KERNEL,
+        "parameters.entries[middle].first_unit <= unit",
+        "static_cast<int>(parameters.entries[middle].first_unit) <= unit",
+        "bytes past 32 bits",
+    ),
     # the plan
     Mutant(
         "last flush missing", PLAN, "  flush();\n  return launches;", "  return launches;", "bytes"
@@ -259,6 +322,7 @@ MUTANTS = [
 PLAIN, MOMENTUM, NESTEROV, DAMPENED, FROZEN, SCALED = (
     harness.OPTIONS[i] for i in (1, 3, 5, 6, 9, 10)
 )
+PROXIMAL = {"lr": 0.2, "momentum": 0.95, "weight_decay": 0.7, "proximal": True}
 SIZES = [5, 0, 300, 2051, 4096 * 3 + 3, 1, 1024]
 
 
@@ -303,7 +367,15 @@ def check_memory(build: Build) -> set[str]:
     failed |= run(build, "float32", [harness.signed_zeros("float32")], MOMENTUM)
     failed |= run(build, "float32", [700], FROZEN)
     failed |= run(build, "float32", [700], SCALED, on_device={"lr": 0.1, "grad_scale": 48.0})
-    failed |= run(build, "float32", [700], MOMENTUM, on_device={"found_inf": 1.0})
+    for found_inf in (1.0, 0.5, 2.0, float("nan")):
+        failed |= run(build, "float32", [9], MOMENTUM, on_device={"found_inf": found_inf})
+    for name in ("lr", "l1"):
+        unknown = {**MOMENTUM, name: float("nan")}
+        failed |= run(build, "float32", [9], unknown, on_device={name: float("nan")})
+    failed |= run(build, "float32", [700], {**DAMPENED, "dampening": 0.9})
+    failed |= run(build, "float64", [700], PROXIMAL)
+    nothing = harness.np.zeros(8192, harness.np.uint32)
+    failed |= run(build, "float32", [harness.Tensor(nothing, nothing, nothing)], PLAIN)
     failed |= run(build, "bfloat16_master", [700], MOMENTUM, skews=[(0, 0, 0, 1)])
     failed |= run(build, "bfloat16_master", SIZES, MOMENTUM)
     return failed | run(build, "bfloat16", [8, 4099], PLAIN)
@@ -324,20 +396,31 @@ def check_launches(build: Build) -> set[str]:
 def check_work(build: Build) -> set[str]:
     """Vector accesses, and the same work for all blocks."""
     tensors = harness.make_tensors([4096 * 60, 64, 64], "float32", seed=9)
-    outcome = harness.execute(build.module, build.plan, "float32", tensors, PLAIN, races=False)
-    (result,) = outcome.results
     failed = set()
-    if not any(
-        ".v4." in name for name in result.counts.instructions if name.startswith("ld.global")
-    ):
-        failed.add("vectors")
+    for count_zeros in (True, False):
+        outcome = harness.execute(
+            build.module,
+            build.plan,
+            "float32",
+            tensors,
+            PLAIN,
+            races=False,
+            count_zeros=count_zeros,
+        )
+        (result,) = outcome.results
+        loads = [name for name in result.counts.instructions if name.startswith("ld.global")]
+        if not any(".v4." in name for name in loads):
+            failed.add("vectors")
     if result.counts.imbalance > 1.02 or len(result.counts.block_bytes) < 60:
         failed.add("balance")
     return failed
 
 
 def check_past_32_bits(build: Build) -> set[str]:
-    """The last block of a tensor of 2^34 elements, on memory that exists where it is touched."""
+    """The first and last block of a tensor of 2^34 elements, on memory that exists where touched.
+
+    A second tensor lies behind it.
+    """
     numel = 2**34
     arena = ptx.Arena()
     p, g = (
@@ -345,11 +428,13 @@ def check_past_32_bits(build: Build) -> set[str]:
         for i in range(2)
     )
     one = harness.to_bits(harness.np.ones(4), "float32").view(harness.np.uint8)
-    arena.write(g.address + numel * 4 - 16, one)
-    arena.write(p.address + numel * 4 - 16, bytes(16))
+    ends = (0, numel * 4 - 16)
+    for end in ends:
+        arena.write(g.address + end, one)
+        arena.write(p.address + end, bytes(16))
     (launch,) = build.plan(
         "float32",
-        [(p.address, g.address, 0, 0, 0, numel)],
+        [(p.address, g.address, 0, 0, 0, numel), (2**45, 2**46, 0, 0, 0, 4)],
         harness.named_options({"lr": 0.5}, False),
     )
     result = ptx.launch(
@@ -359,16 +444,22 @@ def check_past_32_bits(build: Build) -> set[str]:
         block=launch["block"],
         params=launch["parameters"],
         memory=arena,
-        blocks=[launch["grid"] - 1],
+        blocks=[0, launch["grid"] - 2],
     )
-    last = arena.read(p.address + numel * 4 - 16, 16).view(harness.np.float32)
-    return set() if result.ok and (last == -0.5).all() else {"bytes past 32 bits"}
+    values = [arena.read(p.address + end, 16).view(harness.np.float32) for end in ends]
+    right = result.ok and all((value == -0.5).all() for value in values)
+    return set() if right else {"bytes past 32 bits"}
 
 
 def check_registers(build: Build) -> set[str]:
     used = resources(build.csrc, "sm_80", build.flags).values()
     failed = {"registers"} if any(r.registers > MOST_REGISTERS for r in used) else set()
     return failed | ({"spills"} if any(r.spills for r in used) else set())
+
+
+def check_loads(build: Build) -> set[str]:
+    code = disassemble("sm_90", "prox_sgd_float32", build.csrc)
+    return set() if loads_before_first_use(code) >= LOADS["prox_sgd_float32"] else {"loads"}
 
 
 CHECKS: list[Callable[[Build], set[str]]] = [
@@ -378,6 +469,7 @@ CHECKS: list[Callable[[Build], set[str]]] = [
     check_work,
     check_past_32_bits,
     check_registers,
+    check_loads,
 ]
 MEANT_FOR = {
     "contractable": check_rounding,
@@ -387,6 +479,7 @@ MEANT_FOR = {
     "bytes past 32 bits": check_past_32_bits,
     "registers": check_registers,
     "spills": check_registers,
+    "loads": check_loads,
 }
 
 

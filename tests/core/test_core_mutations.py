@@ -1,0 +1,160 @@
+"""Bugs planted in the CPU core and its reader must each be caught by test_native_lists.py.
+
+A mutant is a copy of csrc/ with one small edit, built into a package that holds the core alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from resnet_reg_ext import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = Path(__file__).with_name("test_native_lists.py")
+
+pytestmark = [
+    pytest.mark.one_torch,
+    pytest.mark.skipif(_C.simd_level() != "avx2", reason="the bugs are AVX2's"),
+]
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    caught_by: str
+
+
+LISTS, VIEW, LAUNCH = "tensor_lists.cpp", "tensor_view.cpp", "cpu/launch.cpp"
+MUTANTS = [
+    Mutant(
+        "counters begin anew", LISTS, "num_zeros + i;", "num_zeros + i % 128;", "count_of_zeros"
+    ),
+    Mutant(
+        "misfits begin anew", LISTS, "push_back({i, reason", "push_back({i % 128, reason", "odd"
+    ),
+    Mutant(
+        "device index not compared",
+        VIEW,
+        "tensor.device.device_id == other.tensor.device.device_id;",
+        "true;",
+        "one_device",
+    ),
+    Mutant("sizes in 32 bits", VIEW, "int64_t n = 1;", "int32_t n = 1;", "cut_to_32_bits"),
+    Mutant(
+        "layout before memory",
+        LISTS,
+        "if (!has_memory)",
+        "if (!has_memory && same_layout)",
+        "no_other",
+    ),
+    Mutant(
+        "layout before the device",
+        LISTS,
+        "if (unusable != Reason::fits)",
+        "if (unusable != Reason::fits && same_layout)",
+        "unusable_cuda_device",
+    ),
+    Mutant(
+        "number of threads dropped",
+        LAUNCH,
+        "threads = static_cast<int>(std::min<int64_t>(threads, worthwhile));",
+        "threads = 1;",
+        "threads_that_it_may",
+    ),
+    Mutant("threads keep the caller's mode", LAUNCH, "      own.apply();\n", "", "their_own_mode"),
+    Mutant("callers' mode ignored", LAUNCH, "      callers.apply();\n", "", "their_own_mode"),
+    Mutant(
+        "float16 by the current rounding mode",
+        "cpu/avx2.h",
+        "_MM_FROUND_TO_NEAREST_INT",
+        "_MM_FROUND_CUR_DIRECTION",
+        "rounding_mode",
+    ),
+    Mutant(
+        "GIL held", "bindings.cpp", "  const py::gil_scoped_release release;\n", "", "half_done"
+    ),
+    Mutant(
+        "threads converted by Python code",
+        "bindings.cpp",
+        "const py::int_& threads,",
+        "const py::object& threads,",
+        "no_python_runs",
+    ),
+]
+
+
+class Core:
+    """A copy of csrc/ and the package that is built of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.csrc = folder / "csrc"
+        self.package = folder / "site" / "resnet_reg_ext"
+        self.package.mkdir(parents=True)
+        (self.package / "__init__.py").touch()
+        shutil.copytree(ROOT / "csrc", self.csrc, ignore=shutil.ignore_patterns("__pycache__"))
+        spec = importlib.util.spec_from_file_location(
+            "mutated_build", self.csrc / "build.py", submodule_search_locations=[str(self.csrc)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        self.builder = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = self.builder
+        spec.loader.exec_module(self.builder)
+        self.out = folder / "out"
+
+    def build(self) -> None:
+        module = self.out / Path(_C.__file__).name
+        self.builder.build(self.out, module, "0", False)
+        shutil.copy(module, self.package)
+
+    def failures(self, chosen: str = "") -> str:
+        """What pytest prints of the chosen tests that fail."""
+        command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
+        result = subprocess.run(
+            [*command, "-c", os.devnull, TESTS, "-k", chosen],
+            cwd=self.package,
+            env={**os.environ, "PYTHONPATH": str(self.package.parent), "PYTHONWARNINGS": "ignore"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode in (0, 1), result.stdout + result.stderr
+        return result.stdout if result.returncode else ""
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Core:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESNET_REG_EXT_CUDA", "0")
+        made = Core(tmp_path_factory.mktemp("core"))
+        made.build()
+    return made
+
+
+def test_the_sources_as_they_are_pass(core: Core) -> None:
+    assert core.failures() == ""
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name.replace(" ", "-"))
+def test_a_planted_bug_is_caught(
+    mutant: Mutant, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RESNET_REG_EXT_CUDA", "0")
+    path = core.csrc / mutant.file
+    source = path.read_text()
+    assert source.count(mutant.old) == 1, "the edit no longer applies"
+    path.write_text(source.replace(mutant.old, mutant.new))
+    try:
+        core.build()
+        assert mutant.caught_by in core.failures(mutant.caught_by)
+    finally:
+        path.write_text(source)
