@@ -21,9 +21,10 @@ from resnet_reg_ext import cli
 from resnet_reg_ext.recipe import compare
 from resnet_reg_ext.recipe.callbacks import WholeFiles
 from resnet_reg_ext.recipe.files import RecipeError, prepare_folder
-from resnet_reg_ext.recipe.model import Classifier, load_weights, regularised
+from resnet_reg_ext.recipe.model import Classifier, regularised
+from resnet_reg_ext.recipe.results import Result
 from resnet_reg_ext.recipe.settings import Run, save_options
-from resnet_reg_ext.recipe.train import Result
+from resnet_reg_ext.recipe.weights import load_weights
 
 TINY = ["--image-size", "16", "--train-size", "40", "--test-size", "20", "--batch-size", "10"]
 TINY += ["--accelerator", "cpu"]

@@ -20,8 +20,9 @@ from resnet_reg_ext import cli
 from resnet_reg_ext.recipe import compare, plots
 from resnet_reg_ext.recipe.callbacks import Stopped
 from resnet_reg_ext.recipe.files import RecipeError
+from resnet_reg_ext.recipe.results import Result
 from resnet_reg_ext.recipe.settings import Run
-from resnet_reg_ext.recipe.train import Result, train
+from resnet_reg_ext.recipe.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
