@@ -164,7 +164,7 @@ def _check_training_state(content: Mapping[str, Any], run: Run, where: Path) -> 
             )
     for name, most in (("epoch", run.epochs), ("global_step", None)):
         value = content.get(name, 0)
-        if type(value) is not int or value < 0 or (most is not None and value > most):
+        if type(value) is not int or not 0 <= value < 2**63 or (most is not None and value > most):
             limit = "" if most is None else f" up to {most}"
             raise RecipeError(
                 f"{where} is damaged: its {name} must be a whole number{limit}, and is "

@@ -110,10 +110,7 @@ def ignored_ranks() -> str:
     ]
     if not found:
         return ""
-    return (
-        f"{', '.join(found)} in the environment ignored: torchrun did not start this process, "
-        "which trains alone"
-    )
+    return f"{', '.join(found)} in the environment ignored: torchrun did not start this process"
 
 
 class OneMachine(LightningEnvironment):

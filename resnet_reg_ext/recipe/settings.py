@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -90,7 +91,8 @@ class Number:
         if not isinstance(value, right) or isinstance(value, bool):
             what = "a whole number" if self.kind is int else "a number"
             return f"must be {what}, got {shown}"
-        outside = not self.low <= value <= self.high or math.isinf(value)
+        # A file may hold whole numbers that no float can be.
+        outside = not self.low <= value <= min(self.high, sys.float_info.max)
         if outside or (self.above and value == self.low) or (self.below and value == self.high):
             limits = f"{'above' if self.above else 'at least'} {self.low}"
             if not math.isinf(self.high):

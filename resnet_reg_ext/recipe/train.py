@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from .callbacks import Checkpoints, History, Patience, Progress, Stopped, StopOnSignal, WholeFiles
+from .callbacks import Checkpoints, History, Patience, Progress, StopOnSignal, Stopped, WholeFiles
 from .checkpoints import Checkpoint, keep_weights_alone, load_checkpoint
 from .checks import check_images, check_resumable, settled
 from .data import ImageData, Images, Split, evaluation_loader, load_images
