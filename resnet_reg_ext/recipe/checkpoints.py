@@ -183,7 +183,9 @@ def save_checkpoint(content: Mapping[str, Any], path: Path) -> None:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         # torch turns whatever ends a write into a RuntimeError of its own: Ctrl-C too.
-        cause = error if isinstance(error, OSError) else error.__context__
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, OSError | KeyboardInterrupt):
+            cause = cause.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]

@@ -334,7 +334,7 @@ def test_weights_that_are_not_finite_are_named(name, resnet, tmp_path):
 TRAINING_STATE = [
     ("global_step", ["x", -1]),
     ("epoch", [99]),
-    ("loops", [None, {"fit_loop": {}}]),
+    ("loops", [None, [1]]),
     ("optimizer_states", [[{}], ["x"]]),
     ("lr_schedulers", [{}]),
     ("callbacks", [{"History": {"rows": [{"epoch": 1}]}}]),

@@ -60,7 +60,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("number", "step"),
-    [(signal.SIGINT, 1), (signal.SIGTERM, 2), (signal.SIGINT, 4)],
+    [(signal.SIGINT, 1), (signal.SIGHUP, 2), (signal.SIGTERM, 4)],
     ids=["not evaluated", "evaluated", "last"],
 )
 def test_a_signal_stops_after_an_epoch_of_one_step(number, step, whole, tmp_path):
@@ -101,10 +101,12 @@ def test_an_error_gives_the_signals_back_and_closes_the_bar(tmp_path, capsys):
         def on_train_batch_end(self, *_):
             raise RecipeError("full")
 
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(RecipeError, match="full"):
         train(SHORT, tmp_path / "out", callbacks=[Fails()])
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [
+        signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ] == before
     # What is printed next has a line of its own.
     assert capsys.readouterr().err.endswith("\n")
 
