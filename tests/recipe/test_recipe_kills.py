@@ -1,10 +1,13 @@
 """Runs that are killed, hung up on, interrupted while they write, or begun twice."""
 
+import fcntl
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -146,6 +149,8 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path):
     """Writing to it fails from then on."""
     run = replace(SHORT, epochs=500, evaluate_every=500)
     master, slave = pty.openpty()
+    # The bar is as wide as the terminal.
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     process = subprocess.Popen(
         # setsid and the first terminal opened make it the controlling one, as a login does.
         [
