@@ -10,7 +10,7 @@ import torch
 from .checkpoints import Checkpoint
 from .data import Images
 from .files import RecipeError
-from .processes import count_processes, with_processes
+from .processes import count_processes, launch, with_processes
 from .settings import LARGEST_SEED, Run, check_run, with_absolute_paths
 
 LAYER4_STRIDE = 32  # so many pixels of the image are one in a ResNet-50's last stage
@@ -49,10 +49,9 @@ def _check_machine(run: Run) -> None:
         )
     gpus = torch.cuda.device_count()
     on_gpus = run.accelerator == "gpu" or (run.accelerator == "auto" and gpus > 0)
-    if on_gpus and gpus < run.devices:
-        raise RecipeError(
-            f"--accelerator {run.accelerator}: {run.devices} GPUs wanted, torch finds {gpus}"
-        )
+    here = launch().local_world_size or run.devices
+    if on_gpus and gpus < here:
+        raise RecipeError(f"--accelerator {run.accelerator}: {here} wanted, torch finds {gpus}")
     if run.precision == "16-mixed" and not on_gpus:
         # Lightning would train in bfloat16 instead, and run.yaml say float16.
         raise RecipeError("--precision 16-mixed needs a GPU: give bf16-mixed on a CPU")
