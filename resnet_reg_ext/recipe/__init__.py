@@ -5,15 +5,18 @@ does not.
 
 The modules, in the order of a run:
 
-- ``settings``: everything that defines a run, as options and as a YAML file;
+- ``files`` and ``terminal``: whole files, a lock on the output folder, printing that goes on;
+- ``settings`` and ``options``: everything that defines a run, as options and as a YAML file;
+- ``processes``: which of several processes this one is;
 - ``images``, ``walk``, ``folders``, ``layouts``: an image file, the files below a folder, class
   folders, folders for splits;
 - ``splits``: training and test parts, label noise;
 - ``loaders``: batches that depend on the seed and the epoch alone;
 - ``data``: the images of a run, made of these;
-- ``model``: the ResNet-50, its weights, and the Lightning module with ``ProxSGD``;
+- ``checkpoints`` and ``weights``: files of others, read without trust;
+- ``model``: the ResNet-50, and the Lightning module with ``ProxSGD``;
 - ``callbacks``: progress, history, checkpoints and stopping;
-- ``train``: one run;
+- ``checks``, ``train`` and ``results``: one run, what is refused before it, what comes out;
 - ``compare``: several runs and what may be concluded from them;
 - ``evaluate`` and ``plots``: what a checkpoint does, and pictures;
 - ``commands``: the command line.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from types import FrameType
@@ -16,10 +17,11 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from tqdm import tqdm
 
-from .files import RecipeError, aside
+from .checkpoints import save_checkpoint
+from .files import RecipeError
 from .model import Classifier, regularised
-
-METRICS = ("accuracy", "loss", "f1")
+from .results import ROW, why_no_history
+from .terminal import leave_terminal
 
 
 class Stopped(Exception):
@@ -37,20 +39,14 @@ class WholeFiles(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
         """Writes one; a full disk leaves the former file."""
-        try:
-            with aside(Path(path)) as temporary, temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:
-            # torch turns a write that fails into a RuntimeError of its own.
-            cause = error if isinstance(error, OSError) else error.__context__
-            reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
-            raise RecipeError(f"can't write {path}: {reason}") from None
+        save_checkpoint(checkpoint, Path(path))
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C and SIGTERM stop after the step under way, with a checkpoint to go on from.
+    """Ctrl-C, SIGTERM and SIGHUP stop after the step under way, with a checkpoint to go on from.
 
-    After an epoch's last step its evaluation comes first. A second signal stops at once.
+    After an epoch's last step its evaluation comes first. A second Ctrl-C or SIGTERM stops at once.
+    A second SIGHUP does not: a terminal that closes sends one itself, and its shell another.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -60,12 +56,17 @@ class StopOnSignal(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the signals over."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self._note)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # nohup ignores SIGHUP: the run outlives its terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = number
-        self._give_back()
+        if number == signal.SIGHUP:
+            leave_terminal()
+        else:
+            signal.signal(number, self.before[number])
 
     def _give_back(self) -> None:
         for number, handler in self.before.items():
@@ -162,6 +163,12 @@ class History(Callback):
         self.rows: list[dict[str, float]] = []
         self.step_times: list[float] = []
         self.started = 0.0
+        self.has_begun = False
+        """Whether training has begun, all of a checkpoint restored."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes that nothing is left to restore."""
+        self.has_begun = True
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -169,7 +176,10 @@ class History(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
-        self.rows = state_dict["rows"]
+        rows = state_dict["rows"]
+        if rows != [] and (why := why_no_history(rows)):
+            raise RecipeError(f"the checkpoint is damaged: {why}")
+        self.rows = rows
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -188,8 +198,7 @@ class History(Callback):
         if trainer.sanity_checking:
             return
         row = {"epoch": float(trainer.current_epoch + 1)}
-        for name in (*(f"{s}_{m}" for s in ("train", "test") for m in METRICS), "zeros"):
-            row[name] = float(trainer.callback_metrics[name])
+        row |= {name: float(trainer.callback_metrics[name]) for name in ROW[1:]}
         self.rows.append(row)
 
     @property
@@ -206,7 +215,10 @@ def _now(module: pl.LightningModule) -> float:
 
 
 class Progress(Callback):
-    """One bar over all steps, with loss, accuracy, zeros and the time left."""
+    """One bar over all steps, with loss, accuracy, zeros and the time left.
+
+    A terminal that closes, or a log on a full disk, ends no run.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -216,14 +228,15 @@ class Progress(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the bar."""
         if trainer.is_global_zero:
-            self.bar = tqdm(
-                total=int(trainer.estimated_stepping_batches),
-                initial=trainer.global_step,
-                desc=self.name,
-                unit="step",
-                # A log file gets a line now and then, a terminal gets a moving bar.
-                mininterval=0.5 if sys.stderr.isatty() else 15,
-            )
+            with suppress(OSError):
+                self.bar = tqdm(
+                    total=int(trainer.estimated_stepping_batches),
+                    initial=trainer.global_step,
+                    desc=self.name,
+                    unit="step",
+                    # A log file gets a line now and then, a terminal gets a moving bar.
+                    mininterval=0.5 if sys.stderr.isatty() else 15,
+                )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Counts zeros, which takes about as long as reading all weights."""
@@ -238,28 +251,31 @@ class Progress(Callback):
         if self.bar is None:
             return
         loss, accuracy = (float(trainer.callback_metrics[n]) for n in ("loss", "accuracy"))
-        self.bar.set_postfix_str(
-            f"loss {loss:.3f}, accuracy {accuracy:.2f}, zeros {self.zeros:.0%}", refresh=False
-        )
-        self.bar.update()
+        with suppress(OSError):
+            self.bar.set_postfix_str(
+                f"loss {loss:.3f}, accuracy {accuracy:.2f}, zeros {self.zeros:.0%}", refresh=False
+            )
+            self.bar.update()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prints what was measured, for those who read a log."""
         if self.bar is None or not evaluated(trainer):
             return
         measured = trainer.callback_metrics
-        tqdm.write(
-            f"  epoch {trainer.current_epoch + 1}: "
-            f"accuracy {measured['train_accuracy']:.3f} train, "
-            f"{measured['test_accuracy']:.3f} test; test loss {measured['test_loss']:.3f}; "
-            f"zeros {measured['zeros']:.1%}"
-        )
-        sys.stdout.flush()
+        with suppress(OSError):
+            tqdm.write(
+                f"  epoch {trainer.current_epoch + 1}: "
+                f"accuracy {measured['train_accuracy']:.3f} train, "
+                f"{measured['test_accuracy']:.3f} test; test loss {measured['test_loss']:.3f}; "
+                f"zeros {measured['zeros']:.1%}"
+            )
+            sys.stdout.flush()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Closes the bar."""
         if self.bar is not None:
-            self.bar.close()
+            with suppress(OSError):
+                self.bar.close()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

@@ -5,38 +5,31 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 from . import compare, evaluate
 from .callbacks import Stopped
 from .data import SPLITS
 from .files import RecipeError
-from .settings import (
-    OPTIONS_FILES,
-    Run,
-    add_run_options,
-    config_arguments,
-    in_range,
-    run_from,
-)
-from .train import Result, is_first_process, train
+from .options import Parser, add_run_options, config_arguments, run_from
+from .processes import is_rank_zero
+from .results import Result
+from .settings import OPTIONS_FILES, Number, Run, expanded
+from .terminal import escape_what_cannot_be_shown, one_line
+from .train import train
 
 # Chosen so that the unregularised ResNet-50 overfits visibly within minutes: docs/recipe.md.
 COMPARED = Run(label_noise=0.3, l1=6e-3, weight_decay=3e-3)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RecipeError(f"{message} ({self.prog} --help)")
-
-
 def main(command: str, arguments: Sequence[str]) -> int:
     """Runs one of the commands; returns its exit code: 0, 2 on bad input, 128 + a signal."""
+    escape_what_cannot_be_shown()
     try:
         _COMMANDS[command](list(arguments))
     except RecipeError as error:
-        return _say(f"resnet-reg {command}: {error}", 2)
+        return _say(one_line(f"resnet-reg {command}: {error}"), 2)
     except Stopped as stopped:
         return _say(
             f"\nstopped by {stopped} after a whole step; to go on: "
@@ -52,35 +45,40 @@ def main(command: str, arguments: Sequence[str]) -> int:
 
 
 def _say(text: str, code: int) -> int:
-    if is_first_process():
-        print(text, file=sys.stderr)
+    if is_rank_zero():
+        with suppress(OSError):
+            print(text, file=sys.stderr)
     return code
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    return _Parser(prog=f"resnet-reg {command}", allow_abbrev=False)
+def _parser(command: str) -> Parser:
+    return Parser(prog=f"resnet-reg {command}", allow_abbrev=False)
 
 
-def _parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+def _parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
     """Parses options; those of ``--config`` come first, so that the command line's win."""
-    finder = _Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    finder = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     config = finder.parse_known_args(arguments)[0].config
     if config is not None:
         arguments = [*config_arguments(config, parser), *arguments]
-    return parser.parse_args(arguments)
+    args: argparse.Namespace = parser.parse_args(arguments)
+    return args
 
 
 def _folder(text: str) -> Path:
     # Path("") is the current folder.
     if not text:
         raise argparse.ArgumentTypeError("must name a folder, got ''")
-    return Path(text)
+    # Path would make a folder s3: of s3://bucket.
+    if "\0" in text or "://" in text:
+        raise argparse.ArgumentTypeError(f"must be a folder of this machine, got {text!r}")
+    return expanded(text)
 
 
-def _add_out(parser: argparse.ArgumentParser, default: str) -> None:
+def _add_out(parser: Parser, default: str) -> None:
     parser.add_argument(
-        "--out", type=_folder, default=Path(default), help="output folder (default: %(default)s)"
+        "--out", type=_folder, default=default, help="output folder (default: %(default)s)"
     )
     parser.add_argument(
         "--resume",
@@ -91,9 +89,7 @@ def _add_out(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def _settle(
-    parser: argparse.ArgumentParser, arguments: list[str], command: str
-) -> argparse.Namespace:
+def _settle(parser: Parser, arguments: list[str], command: str) -> argparse.Namespace:
     """Options as given, or those of the folder to resume."""
     args = _parse(parser, arguments)
     if args.resume is None:
@@ -123,10 +119,10 @@ def _train(arguments: list[str]) -> None:
         print(f"{args.out} is finished\n\n{compare.table({'run': [Result.load(args.out)]})}")
         return
     has_begun = (args.out / "last.ckpt").is_file()
-    if args.resume is not None and not has_begun and is_first_process():
+    if args.resume is not None and not has_begun and is_rank_zero():
         print(f"{args.out} has no last.ckpt yet: from the beginning, with the settings it has")
     result = train(run, args.out, resume=args.resume is not None and has_begun)
-    if is_first_process():
+    if is_rank_zero():
         print(f"\n{compare.table({'run': [result]})}")
         names = (OPTIONS_FILES["train"], "result.json", "best.ckpt", "last.ckpt", "tensorboard")
         # One since the start and one since each resumption, the oldest first.
@@ -138,7 +134,7 @@ def _compare(arguments: list[str]) -> None:
     parser = _parser("compare")
     add_run_options(parser, COMPARED)
     parser.add_argument(
-        "--seeds", type=in_range(int, 1), default=1, help="how many, from --seed on (default: 1)"
+        "--seeds", type=Number(int, 1), default=1, help="how many, from --seed on (default: 1)"
     )
     _add_out(parser, "out/compare")
     args = _settle(parser, arguments, "compare")
@@ -151,13 +147,13 @@ def _path(arguments: list[str]) -> None:
     add_run_options(parser, COMPARED, l1=False)
     parser.add_argument(
         "--l1",
-        type=in_range(float, 0),
+        type=Number(float, 0),
         nargs="+",
         default=[0.0, 2e-3, 4e-3, 8e-3],
         help="coefficients, each larger than the one before (default: 0 0.002 0.004 0.008)",
     )
     parser.add_argument(
-        "--seeds", type=in_range(int, 1), default=1, help="how many, from --seed on (default: 1)"
+        "--seeds", type=Number(int, 1), default=1, help="how many, from --seed on (default: 1)"
     )
     parser.add_argument(
         "--cold", action="store_true", help="start each alike, not from the one before"
@@ -180,7 +176,7 @@ def _path(arguments: list[str]) -> None:
 
 def _evaluate(arguments: list[str]) -> None:
     parser = _parser("evaluate")
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", type=expanded, metavar="CHECKPOINT")
     parser.add_argument("--data", help="as of `train` (default: what it was trained on)")
     parser.add_argument(
         "--split",
@@ -202,7 +198,7 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _list_files(paths: Sequence[Path]) -> None:
-    if is_first_process():
+    if is_rank_zero():
         print("\nWritten:", *paths, sep="\n  ")
 
 

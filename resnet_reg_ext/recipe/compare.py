@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,18 +13,12 @@ from scipy.stats import t as student
 
 from . import plots
 from .callbacks import Stopped
-from .files import RecipeError, prepare_folder, write_text
-from .settings import OPTIONS_FILES, Run, save_options
-from .train import (
-    FULL_CHECKPOINT,
-    WEIGHTS,
-    Result,
-    check,
-    is_first_process,
-    made_with,
-    to_json,
-    train,
-)
+from .checks import check_seeds, settled
+from .files import RecipeError, is_unused, locked, prepare_folder, write_text
+from .processes import is_rank_zero
+from .results import Result, made_with, to_json
+from .settings import OPTIONS_FILES, Run, same_run, save_options
+from .train import FULL_CHECKPOINT, WEIGHTS, check, finish, train
 
 COLUMNS = {
     "train acc": ("train_accuracy", "{:.3f}"),
@@ -65,6 +60,8 @@ def compare(run: Run, seeds: int, out: Path, resume: bool = False) -> list[Path]
     """
     if not (run.l1 and run.weight_decay):
         raise RecipeError("compare needs --l1 and --weight-decay above 0")
+    check_seeds(run, seeds)
+    run = settled(run)
     variants = {
         "none": replace(run, l1=0.0, weight_decay=0.0),
         "L2": replace(run, l1=0.0),
@@ -76,11 +73,12 @@ def compare(run: Run, seeds: int, out: Path, resume: bool = False) -> list[Path]
         for seed in range(run.seed, run.seed + seeds)
         for name, variant in variants.items()
     ]
-    results = _train_all(
-        plan, out, OPTIONS_FILES["compare"], {**asdict(run), "seeds": seeds}, resume
-    )
-    if not is_first_process():
-        return []
+    with _begun(plan, out, OPTIONS_FILES["compare"], {**asdict(run), "seeds": seeds}, resume):
+        results = _train_all(plan, out, resume)
+        return _write_comparison(results, seeds, out) if is_rank_zero() else []
+
+
+def _write_comparison(results: Results, seeds: int, out: Path) -> list[Path]:
     text = report(results, verdicts(results))
     print(f"\n{text}")
     subtitle = conditions(results)
@@ -115,6 +113,12 @@ def path(
         RecipeError: something that the user can put right.
         Stopped: a signal came.
     """
+    if len({f"{l1:g}" for l1 in l1s}) < len(l1s):
+        raise RecipeError(
+            "--l1 has values whose first six digits are the same: each needs a folder"
+        )
+    check_seeds(run, seeds)
+    run = settled(run)
     plan = []
     for seed in range(run.seed, run.seed + seeds):
         start = None
@@ -124,40 +128,61 @@ def path(
             start = None if cold else folder / "last.ckpt"
     options = {k: v for k, v in asdict(run).items() if k != "l1"}
     options |= {"l1": list(l1s), "seeds": seeds, "cold": cold}
-    results = _train_all(plan, out, OPTIONS_FILES["path"], options, resume)
-    if not is_first_process():
-        return []
-    how = "each trained alone" if cold else "each started from the weights of the one before"
-    text = report(results, [*verdicts(results), f"Increasing L1, {how}."])
-    print(f"\n{text}")
-    written = plots.path(results, l1s, out / "path.png", conditions(results))
-    return [written, *_save(results, text, out, "path")]
+    with _begun(plan, out, OPTIONS_FILES["path"], options, resume):
+        results = _train_all(plan, out, resume)
+        if not is_rank_zero():
+            return []
+        how = "each trained alone" if cold else "each started from the weights of the one before"
+        text = report(results, [*verdicts(results), f"Increasing L1, {how}."])
+        print(f"\n{text}")
+        written = plots.path(results, l1s, out / "path.png", conditions(results))
+        return [written, *_save(results, text, out, "path")]
 
 
-def _train_all(
+def _finished(planned: Planned, resume: bool) -> bool:
+    return resume and (planned.folder / "result.json").is_file()
+
+
+@contextmanager
+def _begun(
     plan: Sequence[Planned],
     out: Path,
     options_file: str,
     options: Mapping[str, object],
     resume: bool,
-) -> dict[str, list[Result]]:
-    """Trains what isn't finished."""
-    finished = [resume and (p.folder / "result.json").is_file() for p in plan]
-    if is_first_process():
-        if not resume and out.is_dir() and any(out.iterdir()):
+) -> Iterator[None]:
+    """Holds the output folder, with the settings in it, once the first run is known to be right."""
+    if not is_rank_zero():
+        yield
+        return
+
+    def refuse_if_used() -> None:
+        if not resume and not is_unused(out):
             raise RecipeError(f"--out {out} isn't empty: give another, or --resume {out}")
-        left = len(plan) - sum(finished)
-        if left:
-            check(plan[finished.index(False)].run)
-        prepare_folder(out, left * WEIGHTS + 2 * FULL_CHECKPOINT)
+
+    refuse_if_used()
+    left = [planned.run for planned in plan if not _finished(planned, resume)]
+    if left:
+        check(left[0])
+    prepare_folder(out, len(left) * WEIGHTS + 2 * FULL_CHECKPOINT)
+    with locked(out):
+        refuse_if_used()  # another run may have been here since
         save_options(options, out / options_file)
+        yield
+
+
+def _train_all(plan: Sequence[Planned], out: Path, resume: bool) -> dict[str, list[Result]]:
+    """Trains what isn't finished."""
+    finished = [_finished(planned, resume) for planned in plan]
     results: dict[str, list[Result]] = {}
     for index, (planned, done) in enumerate(zip(plan, finished, strict=True)):
         label = f"{planned.name}, seed {planned.run.seed}"
         if done:
-            result = Result.load(planned.folder)
+            result = finish(planned.folder)
+            if other := same_run(result.run, planned.run):
+                raise RecipeError(f"{planned.folder} holds the result of another run: {other}")
         else:
-            if is_first_process():
+            if is_rank_zero():
                 print(f"\n[{index + 1} of {len(plan)}] {label}", flush=True)
             try:
                 result = train(

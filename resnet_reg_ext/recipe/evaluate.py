@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,26 @@ from torchmetrics.functional.classification import (
 
 from ..sparsity import Sparsity
 from . import plots
-from .data import load_split
-from .files import prepare_folder, write_text
-from .model import load_classifier, regularised
-from .train import be_quiet, predict, to_json
+from .data import Split, load_split
+from .files import RecipeError, locked, prepare_folder, write_text
+from .model import Classifier, load_classifier, regularised
+from .results import to_json
+from .settings import DIGITS, Run, expanded
+from .train import be_quiet, predict
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a classifier does on a split."""
+
+    accuracy: float
+    precision: list[float]
+    recall: list[float | None]
+    """None of a class without images: there is nothing to recall."""
+    confusion: list[list[int]]
+    labels: list[int]
+    features: Tensor
+    """float32 (images, 2048): the output of the last pooling."""
 
 
 def evaluate(
@@ -31,7 +48,7 @@ def evaluate(
 
     Args:
         checkpoint: ``last.ckpt`` or ``best.ckpt`` of a run.
-        data: images as of ``train``; None takes those that the run names.
+        data: images as of ``train``; None takes those that the run was given, from anywhere.
         split: "train", "val" or "test"; None is "test" where the data has it, else "val". Other
             images than the run's are taken whole where they have no folders for splits.
         corrupt: "refuse" or "skip" unreadable images.
@@ -42,13 +59,33 @@ def evaluate(
     """
     be_quiet()
     classifier = load_classifier(checkpoint)
-    classes = list(classifier.classes)
-    run = replace(classifier.run, corrupt=corrupt)
-    images = load_split(run, split, classes, data, classifier.source)
-    data, split = run.data if data is None else data, images.name
+    run = replace(_with_images_found(classifier, checkpoint, data), corrupt=corrupt)
+    if data is not None and data != DIGITS:
+        data = str(expanded(data))
+    images = load_split(run, split, classifier.classes, data, classifier.source)
     prepare_folder(out, 10_000_000)
+    with locked(out):
+        return _write(checkpoint, classifier, images, run, run.data if data is None else data, out)
 
-    # What goes into the last linear layer: the output of the last pooling.
+
+def _with_images_found(classifier: Classifier, checkpoint: Path, data: str | None) -> Run:
+    """The checkpoint's run, whose ``data`` is found from any folder.
+
+    Checkpoints of 0.1.0 hold ``data`` as it was typed, relative to the folder then current, and the
+    absolute path in ``source``.
+    """
+    run, source = classifier.run, classifier.source
+    if data is not None or source is None or run.data == DIGITS:
+        return run
+    if not Path(source.folder).is_dir():
+        raise RecipeError(
+            f"the images of {checkpoint} were in {source.folder}, which is not there: give --data"
+        )
+    return replace(run, data=source.folder)
+
+
+def _measure(classifier: Classifier, images: Split, run: Run) -> Scores:
+    # What goes into the last linear layer is the output of the last pooling.
     features: list[Tensor] = []
     hook = classifier.model.fc.register_forward_pre_hook(
         lambda _, inputs: features.append(inputs[0].float().cpu())
@@ -56,37 +93,36 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     logits, labels = predict(classifier, images, run, device)
     hook.remove()
-    count = len(classes)
-    accuracy = (logits.argmax(1) == labels).float().mean().item()
-    precision = multiclass_precision(logits, labels, count, average="none").tolist()
+    count = len(classifier.classes)
     recall = multiclass_recall(logits, labels, count, average="none").tolist()
     matrix = multiclass_confusion_matrix(logits, labels, count).tolist()
-    # Of a class without images there is nothing to recall.
-    recall = [r if any(row) else None for r, row in zip(recall, matrix, strict=True)]
-    zeros: Sparsity = regularised(classifier.cpu())
-    projections, missing = _project(torch.cat(features))
+    return Scores(
+        accuracy=(logits.argmax(1) == labels).float().mean().item(),
+        precision=multiclass_precision(logits, labels, count, average="none").tolist(),
+        recall=[r if any(row) else None for r, row in zip(recall, matrix, strict=True)],
+        confusion=matrix,
+        labels=labels.tolist(),
+        features=torch.cat(features),
+    )
 
-    width = max(len("class"), *map(len, classes))
-    rows = [f"{'class':<{width}}  precision  recall  images"]
-    shown = ["\N{EN DASH}" if r is None else f"{r:.3f}" for r in recall]
-    rows += [
-        f"{name:<{width}}  {p:>9.3f}  {r:>6}  {sum(row):>6}"
-        for name, p, r, row in zip(classes, precision, shown, matrix, strict=True)
-    ]
-    head = [f"accuracy {accuracy:.3f} on {len(labels)} images of {data} ({split})"]
+
+def _write(
+    checkpoint: Path, classifier: Classifier, images: Split, run: Run, data: str, out: Path
+) -> list[Path]:
+    """Measures, prints and writes everything; returns the files."""
+    scores = _measure(classifier, images, run)
+    classes, count, split = list(classifier.classes), len(scores.labels), images.name
+    zeros: Sparsity = regularised(classifier.cpu())
+    projections, missing = _project(scores.features)
+    head = [f"accuracy {scores.accuracy:.3f} on {count} images of {data} ({split})"]
     head += [f"  {note}" for note in images.notes]
     if missing:
         head.append(f"  features.png is left out: {missing}")
-    cells = max(len(str(n)) for row in matrix for n in row)
-    confusion = ["confusion matrix, a row a true class, a column a predicted one:"] + [
-        f"{name:<{width}}  " + " ".join(f"{n:>{cells}}" for n in row)
-        for name, row in zip(classes, matrix, strict=True)
-    ]
-    text = "\n".join([*head, "", *rows, "", *confusion, "", str(zeros)])
+    text = "\n".join([*head, "", *_tables(scores, classes), "", str(zeros)])
     print(text)
-    subtitle = f"{checkpoint.name}, {len(labels)} images ({split}), accuracy {accuracy:.3f}"
+    subtitle = f"{checkpoint.name}, {count} images ({split}), accuracy {scores.accuracy:.3f}"
     written = [
-        plots.confusion({"": matrix}, classes, out / "confusion.png", subtitle),
+        plots.confusion({"": scores.confusion}, classes, out / "confusion.png", subtitle),
         plots.sparsity_by_layer(
             {"": {la.name: la.fraction for la in zeros.layers}},
             out / "sparsity_by_layer.png",
@@ -95,25 +131,46 @@ def evaluate(
     ]
     if projections:
         written.append(
-            plots.features(projections, labels.tolist(), classes, out / "features.png", subtitle)
+            plots.features(projections, scores.labels, classes, out / "features.png", subtitle)
         )
     else:  # one of a former evaluation would be taken for this one's
         (out / "features.png").unlink(missing_ok=True)
+    by_class = zip(classes, scores.precision, scores.recall, strict=True)
     content = {
         "checkpoint": str(checkpoint),
         "data": data,
         "split": split,
-        "accuracy": accuracy,
-        "classes": {
-            name: {"precision": p, "recall": r}
-            for name, p, r in zip(classes, precision, recall, strict=True)
-        },
-        "confusion": matrix,
+        "accuracy": scores.accuracy,
+        "classes": {name: {"precision": p, "recall": r} for name, p, r in by_class},
+        "confusion": scores.confusion,
         "sparsity": zeros.to_dict(),
     }
     write_text(out / "evaluation.json", to_json(content, indent=1))
     write_text(out / "evaluation.txt", text + "\n")
     return [*written, out / "evaluation.json", out / "evaluation.txt"]
+
+
+def _tables(scores: Scores, classes: Sequence[str]) -> list[str]:
+    """Precision and recall by class, and the confusion matrix, as lines."""
+    matrix = scores.confusion
+    width = max(len("class"), *map(len, classes))
+    shown = ["\N{EN DASH}" if r is None else f"{r:.3f}" for r in scores.recall]
+    rows = [
+        f"{name:<{width}}  {p:>9.3f}  {r:>6}  {sum(row):>6}"
+        for name, p, r, row in zip(classes, scores.precision, shown, matrix, strict=True)
+    ]
+    cells = max(len(str(n)) for row in matrix for n in row)
+    confusion = [
+        f"{name:<{width}}  " + " ".join(f"{n:>{cells}}" for n in row)
+        for name, row in zip(classes, matrix, strict=True)
+    ]
+    return [
+        f"{'class':<{width}}  precision  recall  images",
+        *rows,
+        "",
+        "confusion matrix, a row a true class, a column a predicted one:",
+        *confusion,
+    ]
 
 
 def _project(features: Tensor) -> tuple[dict[str, Any], str]:

@@ -1,14 +1,19 @@
-"""Files that are whole or not there: written aside, then renamed."""
+"""Output: files that are whole or not there, in a folder that one run at a time writes to."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unicodedata import category
+
+LOCK = ".lock"
 
 
 class RecipeError(Exception):
@@ -16,9 +21,12 @@ class RecipeError(Exception):
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """Gives a path beside ``path`` to write to; renames it at the end, removes it on an error."""
-    temporary = path.with_name(f".{path.name}.part")
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Gives a path beside ``path`` to write to; renames it at the end, removes it on an error.
+
+    Each call gives another path: two writers of one file leave the whole file of one of them.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -27,9 +35,9 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file."""
-    with aside(path) as temporary:
-        temporary.write_text(text)
+    """Writes a text file in UTF-8, whatever the locale; names that aren't UTF-8 are escaped."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def prepare_folder(folder: Path, needed: int) -> None:
@@ -42,6 +50,10 @@ def prepare_folder(folder: Path, needed: int) -> None:
     Raises:
         RecipeError: it can't be written to, or the disk has less room.
     """
+    if "::" in str(folder.absolute()):
+        raise RecipeError(
+            f"--out {folder} can't be used: Lightning takes :: in a path for a chain of protocols"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -65,3 +77,45 @@ def printable(name: str) -> str:
         c.encode("unicode_escape").decode() if category(c) in ("Cc", "Cs", "Zl", "Zp") else c
         for c in name
     )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of an output folder, and removes what a killed run left half written.
+
+    The kernel releases the lock when the process ends, however it ends. Where the file system has
+    no locks there is no protection.
+
+    Raises:
+        RecipeError: another run holds the folder.
+    """
+    with (folder / LOCK).open("a+", encoding="utf-8", errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # NFS answers with the latter
+            file.seek(0)
+            holder = file.readline(200).strip() or "another process"
+            raise RecipeError(
+                f"--out {folder} is in use by another run ({holder}): wait for its end, or give "
+                "another --out"
+            ) from None
+        except OSError:
+            yield
+            return
+        for part in folder.glob(".*.part"):
+            part.unlink(missing_ok=True)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            # Closing is not enough: forked loader workers may hold the descriptor a while longer.
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder is missing, empty, or holds only what a run killed at its start left."""
+    if not folder.is_dir():
+        return True
+    return all(p.name == LOCK or p.match(".*.part") for p in folder.iterdir())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
-from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.models import resnet50
 
 from .. import ProxSGD, Sparsity, TargetSparsity, param_groups, sparsity
+from .checkpoints import load_checkpoint
 from .data import Source
 from .files import RecipeError
 from .settings import STAGES, Run
@@ -67,7 +67,9 @@ class Classifier(pl.LightningModule):
         schedules: list[LRScheduler] = [CosineAnnealingLR(optimizer, steps)]
         if target is not None:
             schedules.append(TargetSparsity(optimizer, target, steps=max(1, steps * 4 // 5)))
-        return [optimizer], [{"scheduler": s, "interval": "step"} for s in schedules]
+        # LearningRateMonitor logs the optimizer's lr under the name of each schedule, also of one
+        # that moves l1: both have one name here.
+        return [optimizer], [{"scheduler": s, "interval": "step", "name": "lr"} for s in schedules]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (count, classes) of images (count, 3, h, w)."""
@@ -82,6 +84,8 @@ class Classifier(pl.LightningModule):
         accuracy = (logits.argmax(1) == labels).float().mean()
         self.log("loss", loss, on_step=True)
         self.log("accuracy", accuracy, on_step=True)
+        for name in ("lr", "l1"):
+            self.log(name, float(self.trainer.optimizers[0].param_groups[0][name]), on_step=True)
         return loss
 
     def on_validation_start(self) -> None:
@@ -143,133 +147,6 @@ def regularised(classifier: Classifier) -> Sparsity:
     return Sparsity(tuple(la for la in sparsity(classifier.model).layers if la.name in names))
 
 
-def load_weights(classifier: Classifier, source: str) -> str:
-    """Fills in initial weights.
-
-    Args:
-        classifier: whose model gets them.
-        source: "none", "imagenet" (torchvision's, downloaded once), or a file with a state dict
-            of torchvision's ResNet-50 or a checkpoint of this recipe.
-
-    Returns:
-        What was done, for the user.
-
-    Raises:
-        RecipeError: they can't be read, or are another architecture's.
-    """
-    if source == "none":
-        return "initial weights: random"
-    if source == "imagenet":
-        weights = ResNet50_Weights.DEFAULT
-        try:
-            state = weights.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise RecipeError(
-                f"can't download ImageNet weights from {weights.url} ({error}); fetch the file "
-                "elsewhere and give --weights FILE"
-            ) from None
-        source = f"ImageNet ({weights})"
-    else:
-        state = read_state(Path(source))
-    own = classifier.model.state_dict()
-    head = [name for name in ("fc.weight", "fc.bias") if _shape(state, name) != own[name].shape]
-    misfits = sorted(set(own) ^ set(state)) + [
-        name
-        for name in own
-        if name in state and name not in head and _shape(state, name) != own[name].shape
-    ]
-    misfits = [name for name in misfits if not name.endswith("num_batches_tracked")]
-    if misfits:
-        raise RecipeError(
-            f"--weights {source} is not a ResNet-50's state dict as torchvision names it: "
-            f"{misfits[0]} is missing, unknown or of another shape"
-        )
-    # load_state_dict converts half precision.
-    classifier.model.load_state_dict(
-        {name: value for name, value in state.items() if name not in head}, strict=False
-    )
-    classes = len(classifier.classes)
-    if not head:
-        return f"initial weights: {source}, with its class head (its {classes} classes fit)"
-    return (
-        f"initial weights: {source}; its head for {len(state['fc.bias'])} classes "
-        f"is replaced by a random one for {classes}"
-    )
-
-
-def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return state[name].shape if name in state else None
-
-
-def read_file(path: Path) -> Any:
-    """What a .safetensors or torch file holds; runs none of its code.
-
-    Raises:
-        RecipeError: it can't be read.
-    """
-    if not path.is_file():
-        raise RecipeError(f"{path} is not a file")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise RecipeError(f"can't read {path}: {error.strerror or error}") from None
-    except pickle.UnpicklingError:  # torch's text advises an option of its own
-        raise RecipeError(
-            f"{path} holds no weights that can be read: it is no checkpoint or state dict, or has "
-            "objects in it that could run code"
-        ) from None
-    # Each format and each kind of damage has an error of its own.
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise RecipeError(f"{path} holds no weights: {_first_line(error)}") from None
-    except Exception as error:  # safetensors' own class derives from Exception alone
-        raise RecipeError(f"{path} holds no weights: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The ResNet-50's part of a file: its names without a ``model.`` or ``module.`` before them.
-
-    Raises:
-        RecipeError: it can't be read, or holds no tensors by name.
-    """
-    content = read_file(path)
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping):
-        raise RecipeError(f"{path} holds no state dict but a {type(content).__name__}")
-    state: dict[str, Tensor] = {}
-    for name, value in content.items():
-        if isinstance(value, Tensor):
-            state[str(name).removeprefix("module.").removeprefix("model.")] = value
-    if not state:
-        raise RecipeError(f"{path} holds no tensors")
-    return state
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this recipe, as Lightning wrote it.
-
-    Raises:
-        RecipeError: it is something else.
-    """
-    content = read_file(path)
-    if not isinstance(content, Mapping) or not {"run", "classes", "state_dict"} <= set(content):
-        raise RecipeError(f"{path} is not a checkpoint of `resnet-reg train`")
-    return dict(content)
-
-
-def source_of(checkpoint: Mapping[str, Any]) -> Source | None:
-    """The files that a checkpoint was trained on, where it tells."""
-    return Source(**checkpoint["source"]) if "source" in checkpoint else None
-
-
 def load_classifier(path: Path) -> Classifier:
     """The trained model of a checkpoint, ready for evaluation.
 
@@ -277,8 +154,8 @@ def load_classifier(path: Path) -> Classifier:
         RecipeError: the file is no checkpoint, or its model has another architecture.
     """
     checkpoint = load_checkpoint(path)
-    classifier = Classifier(Run(**checkpoint["run"]), checkpoint["classes"], source_of(checkpoint))
-    own, state = classifier.state_dict(), checkpoint["state_dict"]
+    classifier = Classifier(checkpoint.run, checkpoint.classes, checkpoint.source)
+    own, state = classifier.state_dict(), checkpoint.state_dict
     for name in sorted(set(own) ^ set(state)):
         raise RecipeError(f"{path} is not a ResNet-50's: {name} is missing or unknown")
     for name, value in own.items():

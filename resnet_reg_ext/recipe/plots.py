@@ -13,10 +13,10 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .files import aside
+from .files import atomic_write
 
 if TYPE_CHECKING:
-    from .train import Result
+    from .results import Result
 
 # Okabe and Ito's palette: told apart by colour-blind readers too, and dark enough on white.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -26,9 +26,10 @@ Results = Mapping[str, Sequence["Result"]]
 
 
 def _save(figure: Any, path: Path, title: str, subtitle: str) -> Path:
+    subtitle = _drawable(subtitle)
     # The layout keeps room for a figure's title, not for free text.
     figure.suptitle(f"{title}\n{subtitle}", fontsize=10, wrap=True, **_as_it_is(subtitle))
-    with aside(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=96, format="png", pil_kwargs={"optimize": True})
     return path
 
@@ -156,7 +157,13 @@ def sparsity_by_layer(zeros: Mapping[str, Mapping[str, float]], path: Path, subt
     return _save(figure, path, "Exact zeros in each regularised layer, input to output", subtitle)
 
 
+def _drawable(text: str) -> str:
+    """Bytes of a file's name that are no UTF-8, escaped: matplotlib refuses them."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _short(name: str, most: int = 15) -> str:
+    name = _drawable(name)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 

@@ -1,11 +1,12 @@
-"""Everything that defines a run, as command-line options and as a YAML file."""
+"""Everything that defines a run, and the check of each setting, wherever it comes from."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from .files import RecipeError, write_text
 
 DIGITS = "digits"
 FOLDER_IMAGE_SIZE = 224  # what ImageNet's weights were trained on
-# What a command's settings are in, in its output folder; `--resume` takes them from there.
+# The file in the output folder that holds a command's settings; `--resume` takes them from there.
 OPTIONS_FILES = {"train": "run.yaml", "compare": "compare.yaml", "path": "path.yaml"}
 STAGES = ("none", "conv1", "layer1", "layer2", "layer3", "layer4")
 AUGMENTATIONS = ("none", "shift", "standard")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+LARGEST_SEED = 2**32 - 1  # NumPy's, which draws the splits
+PUBLISHED = ("none", "imagenet")  # values of --weights that name no file
 
 
 @dataclass(frozen=True)
@@ -58,173 +61,177 @@ class Run:
         return self.target_sparsity if self.l1 else None
 
 
-def in_range(
-    kind: Callable[[str], float],
-    low: float,
-    high: float = math.inf,
-    *,
-    above: bool = False,
-    below: bool = False,
-) -> Callable[[str], Any]:
-    """A type for argparse: a number in [low, high]; ``above`` and ``below`` leave the ends out."""
-    limits = f"{'above' if above else 'at least'} {low}"
-    if not math.isinf(high):
-        limits += f" and {'below' if below else 'at most'} {high}"
+# Which machine a run is made on, and where its files lie, make it no other run.
+_OF_MACHINE = ("data", "weights", "corrupt", "accelerator", "devices", "strategy", "workers")
 
-    def parse(text: str) -> float:
+
+def same_run(first: Run, second: Run) -> str:
+    """The first setting in which two runs differ that decides what comes out; "" for none."""
+    for field in fields(Run):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        if a != b and field.name not in _OF_MACHINE:
+            return f"{option_name(field.name)} {a}, not {b}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number in [low, high]; ``above`` and ``below`` leave the ends out."""
+
+    kind: Callable[[str], float]
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def why_not(self, value: Any, shown: str | None = None) -> str:
+        """What would be right where a value isn't; "" where it is."""
+        shown = repr(value) if shown is None else shown
+        right = (int,) if self.kind is int else (int, float)
+        if not isinstance(value, right) or isinstance(value, bool):
+            what = "a whole number" if self.kind is int else "a number"
+            return f"must be {what}, got {shown}"
+        # A file may hold whole numbers that no float can be.
+        outside = not self.low <= value <= min(self.high, sys.float_info.max)
+        if outside or (self.above and value == self.low) or (self.below and value == self.high):
+            limits = f"{'above' if self.above else 'at least'} {self.low}"
+            if not math.isinf(self.high):
+                limits += f" and {'below' if self.below else 'at most'} {self.high}"
+            return f"must be {limits}, got {shown}"
+        return ""
+
+    def __call__(self, text: str) -> Any:
+        """A type for argparse."""
         try:
-            number = kind(text)
+            number = self.kind(text)
         except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
-        outside = not low <= number <= high or math.isinf(number)
-        if outside or (above and number == low) or (below and number == high):
-            raise argparse.ArgumentTypeError(f"must be {limits}, got {text}")
+            number, why = math.nan, self.why_not(None, repr(text[:100]))
+        else:
+            why = self.why_not(number, text)
+        if why:
+            raise argparse.ArgumentTypeError(why)
         return number
 
-    return parse
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+    def why_not(self, value: Any) -> str:
+        """What would be right where a value isn't; "" where it is."""
+        if isinstance(value, str) and value in self.words:
+            return ""
+        return f"must be one of {', '.join(self.words)}, got {value!r}"
 
 
-def add_run_options(parser: argparse.ArgumentParser, defaults: Run, *, l1: bool = True) -> None:
-    """Adds an option for each field of ``Run``, and ``--config``.
+@dataclass(frozen=True)
+class Text:
+    """A path or a name."""
+
+    def why_not(self, value: Any) -> str:
+        """What would be right where a value isn't; "" where it is."""
+        if isinstance(value, str) and value and "\0" not in value:
+            return ""
+        return f"must be a name or a path, got {value!r}"
+
+    def __call__(self, text: str) -> str:
+        """A type for argparse."""
+        if why := self.why_not(text):
+            raise argparse.ArgumentTypeError(why)
+        return text
+
+
+_COUNT, _SHARE, _RATE = Number(int, 1), Number(float, 0, 1), Number(float, 0)
+RULES: dict[str, Number | Choice | Text] = {
+    "data": Text(),
+    "val_fraction": Number(float, 0, 1, above=True, below=True),
+    "train_size": _COUNT,
+    "test_size": _COUNT,
+    "label_noise": _SHARE,
+    "corrupt": Choice(("refuse", "skip")),
+    "weights": Text(),
+    "freeze": Choice(STAGES),
+    "l1": _RATE,
+    "target_sparsity": Number(float, 0.01, 1, below=True),
+    "weight_decay": _RATE,
+    "lr": _RATE,
+    "momentum": Number(float, 0, 1, below=True),
+    "epochs": _COUNT,
+    "batch_size": Number(int, 2),
+    "image_size": Number(int, 8),
+    "augment": Choice(AUGMENTATIONS),
+    "evaluate_every": _COUNT,
+    "early_stopping": _COUNT,
+    "seed": Number(int, 0, LARGEST_SEED),
+    "precision": Choice(PRECISIONS),
+    "accelerator": Choice(("auto", "cpu", "gpu")),
+    "devices": _COUNT,
+    "strategy": Choice(("auto", "ddp")),
+    "workers": Number(int, 0),
+}
+
+
+def option_name(field: str) -> str:
+    """A field's name on the command line."""
+    return f"--{field.replace('_', '-')}"
+
+
+def run_from_file(content: Any, where: object) -> Run:
+    """The run that a file describes; settings that an older version didn't have get the default.
 
     Args:
-        parser: where to.
-        defaults: what holds where an option is not given.
-        l1: whether to add ``--l1``, which the regularisation path has a list of.
-    """
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; options given win")
-    data = parser.add_argument_group("data")
-    training = parser.add_argument_group("training")
-    machine = parser.add_argument_group("machine")
-
-    def add(group: Any, name: str, text: str, **options: Any) -> None:
-        default = getattr(defaults, name)
-        shown = "" if default is None else f" (default: {default})"
-        if name in of_folder:
-            shown = f" (default: {default} for the digits, {of_folder[name]} for a folder)"
-            default = None
-        option = f"--{name.replace('_', '-')}"
-        group.add_argument(option, default=default, help=text + shown, **options)
-
-    of_folder = _folder_defaults(defaults)
-    count, seed = in_range(int, 1), in_range(int, 0, 2**32 - 1)
-    share, rate = in_range(float, 0, 1), in_range(float, 0)
-    add(
-        data,
-        "data",
-        "'digits', or a folder: train/ with val/ or test/, or one folder a class, "
-        "which --val-fraction splits",
-    )
-    add(
-        data,
-        "val_fraction",
-        "share of the images to test on, drawn class by class",
-        type=in_range(float, 0, 1, above=True, below=True),
-    )
-    add(data, "train_size", "train on as many images, drawn class by class", type=count)
-    add(data, "test_size", "test on as many images, drawn class by class", type=count)
-    add(data, "label_noise", "share of training labels to make wrong on purpose", type=share)
-    add(data, "corrupt", "what to do about unreadable images", choices=("refuse", "skip"))
-    add(
-        data,
-        "image_size",
-        "height and width in pixels: the shorter side is resized to it, the middle cut out",
-        type=in_range(int, 8),
-    )
-    add(
-        data,
-        "augment",
-        "shift: by up to an eighth; standard: random crop, resize and flip",
-        choices=AUGMENTATIONS,
-    )
-    add(
-        training,
-        "weights",
-        "initial weights: 'imagenet' (downloaded by torchvision), a state dict in a .pt or "
-        ".safetensors file, or 'none'",
-    )
-    add(training, "freeze", "freeze everything up to this stage", choices=STAGES)
-    if l1:
-        add(training, "l1", "coefficient of the L1 norm", type=rate)
-    add(
-        training,
-        "target_sparsity",
-        "share of the regularised weights to be zero within 80 %% of the steps: l1 is steered from "
-        "--l1 on, and the zeros are then frozen",
-        type=in_range(float, 0.01, 1, below=True),
-    )
-    add(training, "weight_decay", "coefficient of half the squared L2 norm", type=rate)
-    add(training, "lr", "learning rate at the start; falls to 0 along a cosine", type=rate)
-    add(training, "momentum", "momentum", type=in_range(float, 0, 1, below=True))
-    add(training, "epochs", "passes over the training images", type=count)
-    add(training, "batch_size", "images a step, all processes together", type=in_range(int, 2))
-    add(
-        training,
-        "evaluate_every",
-        "epochs between evaluations; lowered to divide --epochs",
-        type=count,
-    )
-    add(
-        training,
-        "early_stopping",
-        "stop after as many evaluations without a lower test loss",
-        type=count,
-    )
-    add(training, "seed", "decides split, wrong labels, initial weights and order", type=seed)
-    add(machine, "precision", "as Lightning's", choices=PRECISIONS)
-    add(machine, "accelerator", "as Lightning's", choices=("auto", "cpu", "gpu"))
-    add(machine, "devices", "processes or GPUs", type=count)
-    add(machine, "strategy", "as Lightning's", choices=("auto", "ddp"))
-    add(machine, "workers", "processes that load images", type=in_range(int, 0))
-
-
-def _folder_defaults(defaults: Run) -> dict[str, Any]:
-    """What isn't the same for a folder of images as for the digits, where it isn't given."""
-    changed = {"image_size": FOLDER_IMAGE_SIZE, "label_noise": 0.0}
-    return {name: value for name, value in changed.items() if getattr(defaults, name) != value}
-
-
-def run_from(args: argparse.Namespace, defaults: Run, **changes: Any) -> Run:
-    """The run that parsed options describe; ``defaults`` as for :func:`add_run_options`."""
-    values = {f.name: getattr(args, f.name) for f in fields(Run) if hasattr(args, f.name)}
-    for name, of_folder in _folder_defaults(defaults).items():
-        if values[name] is None:
-            values[name] = getattr(defaults, name) if values["data"] == DIGITS else of_folder
-    return Run(**{**values, **changes})
-
-
-def config_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """A YAML file's options as command-line arguments, so that they are checked alike.
+        content: what the file holds under ``run``.
+        where: the file, for the error.
 
     Raises:
-        RecipeError: it can't be read, is not a mapping, or has an option that isn't known.
+        RecipeError: it is no description of a run, names an unknown setting or an impossible value.
+    """
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{where} is damaged: its run is a {type(content).__name__}")
+    for name in content:
+        if name not in RULES:
+            raise RecipeError(f"{where} has a run with an unknown setting: {name!r:.100}")
+    run = Run(**content)
+    check_run(run, f"{where}: ")
+    return run
+
+
+def check_run(run: Run, where: str = "") -> None:
+    """Refuses impossible settings.
+
+    Raises:
+        RecipeError: names the first one.
+    """
+    defaults = Run()
+    for name, rule in RULES.items():
+        value = getattr(run, name)
+        if value is None and getattr(defaults, name) is None:
+            continue
+        if why := rule.why_not(value):
+            raise RecipeError(f"{where}{option_name(name)}: {why:.300}")
+
+
+def expanded(path: str) -> Path:
+    """A path whose ``~`` is expanded, which YAML and ``--out=~/x`` leave to the program.
+
+    Raises:
+        RecipeError: there is no home folder of such a name.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise RecipeError(f"can't read --config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"--config {path} is not YAML: {reason}") from None
-    if not isinstance(content, Mapping):
-        raise RecipeError(f"--config {path} must map options to values")
-    known = {action.dest: action for action in parser._actions}
-    arguments: list[str] = []
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name in ("config", "help") or name not in known:
-            raise RecipeError(f"--config {path}: no such option: {key}")
-        option = known[name].option_strings[0]
-        if value is None or value is False:
-            continue
-        if value is True:
-            arguments.append(option)
-        elif isinstance(value, Sequence) and not isinstance(value, str):
-            arguments += [option, *map(str, value)]
-        else:
-            arguments.append(f"{option}={value}")
-    return arguments
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise RecipeError(
+            f"{path}: there is no home folder of that name; for a file of that name give ./{path}"
+        ) from None
+
+
+def with_absolute_paths(run: Run) -> Run:
+    """The run as it is recorded, which means the same from any folder."""
+    data = run.data if run.data == DIGITS else str(expanded(run.data).absolute())
+    weights = run.weights if run.weights in PUBLISHED else str(expanded(run.weights).absolute())
+    return replace(run, data=data, weights=weights)
 
 
 def save_options(options: Mapping[str, Any], path: Path) -> None:

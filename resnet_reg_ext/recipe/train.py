@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
-import platform
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,65 +18,19 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from .. import __version__
-from .callbacks import Checkpoints, History, Patience, Progress, StopOnSignal, WholeFiles
+from .callbacks import Checkpoints, History, Patience, Progress, StopOnSignal, Stopped, WholeFiles
+from .checkpoints import Checkpoint, keep_weights_alone, load_checkpoint
+from .checks import check_images, check_resumable, settled
 from .data import ImageData, Images, Split, evaluation_loader, load_images
-from .files import RecipeError, prepare_folder, write_text
-from .model import Classifier, load_checkpoint, load_weights, regularised, source_of
+from .files import RecipeError, locked, prepare_folder
+from .model import Classifier, regularised
+from .processes import ignored_ranks, is_rank_zero, trainer_processes
+from .results import Result, made_with
 from .settings import DIGITS, OPTIONS_FILES, Run, save_options
+from .weights import load_weights
 
 # Momentum doubles a full checkpoint; the next one is written beside it before the rename.
 FULL_CHECKPOINT, WEIGHTS = 190_000_000, 95_000_000
-LAYER4_STRIDE = 32  # so many pixels of the image are one in a ResNet-50's last stage
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run gave; ``result.json`` holds the same."""
-
-    run: Run
-    data: dict[str, Any]
-    """Counts of images, classes and wrong labels."""
-    history: list[dict[str, float]]
-    """One row an evaluation: epoch, {train,test}_{accuracy,loss,f1}, zeros."""
-    step_ms: float
-    """Median time of a step since the start or the resumption."""
-    zeros_by_layer: dict[str, float]
-    """Share of exact zeros by parameter, regularised weights only, input to output."""
-    confusion: list[list[int]]
-    """Test images by true class (row) and predicted class (column)."""
-    made_with: dict[str, Any]
-
-    @property
-    def last(self) -> dict[str, float]:
-        """The last evaluation, with the gap between training and test accuracy."""
-        row = self.history[-1]
-        return {**row, "gap": row["train_accuracy"] - row["test_accuracy"], "step_ms": self.step_ms}
-
-    @property
-    def classes(self) -> list[str]:
-        """Class names."""
-        return list(self.data["classes"])
-
-    def save(self, folder: Path) -> None:
-        """Writes ``result.json``."""
-        write_text(folder / "result.json", to_json(asdict(self), indent=1))
-
-    @classmethod
-    def load(cls, folder: Path) -> Result:
-        """Reads ``result.json``."""
-        content = json.loads((folder / "result.json").read_text())
-        history = [
-            {name: math.nan if value is None else value for name, value in row.items()}
-            for row in content["history"]
-        ]
-        return cls(**{**content, "run": Run(**content["run"]), "history": history})
-
-
-def to_json(content: Any, indent: int | None = None) -> str:
-    """A JSON file's text. JSON knows neither NaN nor infinity: null stands for them."""
-    content = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    return json.dumps(content, indent=indent) + "\n"
 
 
 def train(
@@ -112,63 +63,136 @@ def train(
         Stopped: a signal came; ``last.ckpt`` is what to resume from.
     """
     be_quiet()
-    _check_machine(run)
     last = out / "last.ckpt"
-    if resume and not last.is_file():
-        raise RecipeError(f"nothing to resume in {out}: it has no last.ckpt")
+    before = _before(out, resume)
+    run = settled(run, before)
+    images = load_images(run)
+    check_images(run, images)
+    if before is not None:
+        check_resumable(before, last, images)
+    classifier = Classifier(run, images.classes, images.source)
+    weights = _initial_weights(classifier, last if resume else None, start)
+    prepare_folder(out, 2 * FULL_CHECKPOINT + (2 * WEIGHTS if keep_best else 0))
+    with locked(out) if is_rank_zero() else nullcontext():
+        if not resume:
+            _before(out, resume)  # another run may have been here since
+        if is_rank_zero():
+            save_options(asdict(run), out / OPTIONS_FILES["train"])
+            for line in (*describe(run, images), weights):
+                print(f"  {line}", flush=True)
+        history = History()
+        ours = [history, Checkpoints(out, best=keep_best)]
+        if run.early_stopping:
+            ours.append(Patience(run.early_stopping))
+        # Last: what it saves has then been counted, what the bar shows has been saved.
+        ours += [*callbacks, StopOnSignal(last), Progress(name)]
+        trainer = _trainer(run, out, ours)
+        _fit(trainer, classifier, ImageData(images, run), last if resume else None, history)
+        result = _result(run, images, classifier, history, trainer)
+        if is_rank_zero():
+            for line in _outcome(result, trainer):
+                print(f"  {line}", flush=True)
+            # In this order: what has no result yet can still be resumed. A run that is killed
+            # between both is finished by ``finish``.
+            result.save(out)
+            if not keep_best:
+                keep_weights_alone(last)
+    return result
+
+
+def finish(out: Path) -> Result:
+    """The result of a run that has one, its checkpoint cut down where a kill came before that.
+
+    Raises:
+        RecipeError: the result is damaged, or another run holds the folder.
+    """
+    result = Result.load(out)
+    if is_rank_zero():
+        with locked(out):
+            if (out / "last.ckpt").is_file():
+                keep_weights_alone(out / "last.ckpt")
+    return result
+
+
+def _before(out: Path, resume: bool) -> Checkpoint | None:
+    """The checkpoint to go on from; refuses a folder whose run would be overwritten."""
+    last = out / "last.ckpt"
+    if resume:
+        if not last.is_file():
+            raise RecipeError(f"nothing to resume in {out}: it has no last.ckpt")
+        return load_checkpoint(last)
     # A run that was killed before its first checkpoint has left nothing that could be lost.
     held = [name for name in ("last.ckpt", "result.json") if (out / name).exists()]
-    if not resume and held and is_first_process():
+    if held and is_rank_zero():
         raise RecipeError(f"--out {out} holds a run already: give another, or --resume {out}")
-    images = load_images(run)
-    classifier = Classifier(run, images.classes, images.source)
-    if resume:
-        _check_resumable(last, images)
-        weights = f"resumed from {last}"
-    elif start is not None:
-        weights = load_weights(classifier, str(start))
-    else:
-        weights = load_weights(classifier, run.weights)
-    prepare_folder(out, 2 * FULL_CHECKPOINT + (2 * WEIGHTS if keep_best else 0))
-    if is_first_process():
-        save_options(asdict(run), out / OPTIONS_FILES["train"])
-        for line in (*describe(run, images), weights):
-            print(f"  {line}", flush=True)
+    return None
 
-    history = History()
-    ours: list[Callback] = [history, Checkpoints(out, best=keep_best)]
-    if run.early_stopping:
-        ours.append(Patience(run.early_stopping))
-    # Last: what it saves has then been counted, what the bar shows has been saved.
-    ours += [*callbacks, StopOnSignal(last), Progress(name)]
-    trainer = pl.Trainer(
+
+def _initial_weights(classifier: Classifier, last: Path | None, start: Path | None) -> str:
+    """Fills in the weights to start from, unless Lightning will; says which."""
+    if last is not None:
+        return f"resumed from {last}"
+    if start is not None:  # a run before that has diverged is reported, not refused halfway
+        return load_weights(classifier, str(start), must_be_finite=False)
+    return load_weights(classifier, classifier.run.weights)
+
+
+def _trainer(run: Run, out: Path, callbacks: list[Callback]) -> pl.Trainer:
+    processes, environment = trainer_processes(run)
+    # fsspec takes a relative path that begins with a protocol's name, or with ~, for another.
+    out = out.absolute()
+    return pl.Trainer(
         max_epochs=run.epochs,
         check_val_every_n_epoch=_divisor(run.epochs, run.evaluate_every),
         num_sanity_val_steps=0,
         precision=run.precision,  # type: ignore[arg-type]
         accelerator=run.accelerator,
-        **_processes(run),
-        callbacks=ours,
+        **processes,
+        callbacks=callbacks,
         logger=[
             TensorBoardLogger(out, name="tensorboard", version=""),
             CSVLogger(out, name="csv", flush_logs_every_n_steps=20),
         ],
         log_every_n_steps=1,
-        plugins=[WholeFiles()],
+        plugins=[WholeFiles(), environment],
         default_root_dir=out,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(
-        classifier,
-        datamodule=ImageData(images, run),
-        ckpt_path=str(last) if resume else None,
-        weights_only=True,
-    )
+
+
+def _fit(
+    trainer: pl.Trainer,
+    classifier: Classifier,
+    data: ImageData,
+    last: Path | None,
+    history: History,
+) -> None:
+    """Trains. Lightning restores a checkpoint unchecked: what it stumbles over is a damaged one."""
+    ckpt_path = None if last is None else str(last.absolute())
+    try:
+        trainer.fit(classifier, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except (RecipeError, OSError, Stopped):
+        raise
+    except Exception as error:
+        if last is None or history.has_begun:
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise RecipeError(
+            f"can't resume from {last}, which is damaged or another version's: "
+            f"{type(error).__name__}: {reason:.200}"
+        ) from error
+
+
+def _result(
+    run: Run, images: Images, classifier: Classifier, history: History, trainer: pl.Trainer
+) -> Result:
+    if not history.rows:
+        raise RecipeError(f"{trainer.ckpt_path} is damaged: it has no step left, and no evaluation")
     zeros = regularised(classifier)
-    result = Result(
+    return Result(
         run,
         _counts(images),
         history.rows,
@@ -177,14 +201,22 @@ def train(
         confusion_matrix(classifier, images.test, run, trainer.strategy.root_device),
         made_with(),
     )
-    if is_first_process() and not math.isfinite(result.last["train_loss"]):
-        print("  the loss is not finite any more: training has diverged; try a lower --lr")
-    # In this order: what has no result yet can still be resumed.
-    if is_first_process():
-        result.save(out)
-    if not keep_best:
-        trainer.save_checkpoint(last, weights_only=True)
-    return result
+
+
+def _outcome(result: Result, trainer: pl.Trainer) -> list[str]:
+    """What the user should know of a result: a loss that isn't finite, a target that was missed."""
+    lines, run = [], result.run
+    if not math.isfinite(result.last["train_loss"]):
+        lines.append("the loss is not finite any more: training has diverged; try a lower --lr")
+    zeros = result.last["zeros"]
+    # TargetSparsity freezes within half a point of the target.
+    if run.steered_to is not None and zeros < run.steered_to - 0.005:
+        epochs = int(result.last["epoch"])
+        why = "give more --epochs, or a larger --l1 to start from"
+        if epochs < run.epochs:
+            why = f"--early-stopping ended the run after {epochs} of {run.epochs} epochs"
+        lines.append(f"--target-sparsity {run.steered_to:g} was missed: zeros {zeros:.1%}; {why}")
+    return lines
 
 
 def check(run: Run) -> None:
@@ -194,8 +226,10 @@ def check(run: Run) -> None:
         RecipeError: says what to put right.
     """
     be_quiet()
-    _check_machine(run)
-    load_weights(Classifier(run, load_images(run).classes), run.weights)
+    run = settled(run)
+    images = load_images(run)
+    check_images(run, images)
+    load_weights(Classifier(run, images.classes), run.weights)
 
 
 def predict(
@@ -245,7 +279,7 @@ def describe(run: Run, images: Images) -> list[str]:
     ]
     if run.steered_to is not None:
         lines.append(f"l1 is steered until {run.steered_to:.1%} of the weights are zero")
-    return [*lines, *images.notes]
+    return [*lines, *images.notes, *filter(None, [ignored_ranks()])]
 
 
 def _count(number: int, what: str) -> str:
@@ -256,22 +290,6 @@ def _some(names: Sequence[str], most: int = 10) -> str:
     """Names in a row, not too many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def made_with() -> dict[str, Any]:
-    """Versions and machine, for reports."""
-    return {
-        "resnet_reg_ext": __version__,
-        "torch": torch.__version__,
-        "lightning": version("lightning"),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that prints and writes."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def _counts(images: Images) -> dict[str, Any]:
@@ -286,49 +304,6 @@ def _counts(images: Images) -> dict[str, Any]:
 def _divisor(epochs: int, at_most: int) -> int:
     """The evaluation interval: one that the last epoch is a multiple of."""
     return next(n for n in range(min(at_most, epochs), 0, -1) if epochs % n == 0)
-
-
-def _processes(run: Run) -> dict[str, Any]:
-    """The Trainer's arguments; torchrun has decided on its own how many processes there are."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return {"devices": run.devices, "strategy": run.strategy}
-    here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    return {"devices": here, "num_nodes": everywhere // here, "strategy": "ddp"}
-
-
-def _check_machine(run: Run) -> None:
-    processes = int(os.environ.get("WORLD_SIZE", run.devices))
-    if run.batch_size % processes:
-        raise RecipeError(
-            f"--batch-size {run.batch_size} can't be shared evenly by {processes} processes"
-        )
-    one_value = run.image_size <= LAYER4_STRIDE and run.freeze != "layer4"
-    if run.batch_size // processes < 2 and one_value:
-        raise RecipeError(
-            f"--batch-size {run.batch_size} leaves one image to each of {processes} processes, and "
-            f"--image-size {run.image_size} one pixel of it to the last batch norms, which need "
-            f"two: give at least {2 * processes} images or {LAYER4_STRIDE + 1} pixels"
-        )
-    gpus = torch.cuda.device_count()
-    if run.accelerator == "gpu" and gpus < run.devices:
-        raise RecipeError(f"--accelerator gpu: {run.devices} wanted, torch finds {gpus}")
-
-
-def _check_resumable(last: Path, images: Images) -> None:
-    checkpoint = load_checkpoint(last)
-    if "optimizer_states" not in checkpoint:
-        raise RecipeError(f"{last} holds the weights of a finished run: nothing to resume")
-    if tuple(checkpoint["classes"]) != images.classes:
-        raise RecipeError(
-            f"{last} has the classes {', '.join(checkpoint['classes'])}, but the data "
-            f"{', '.join(images.classes)}"
-        )
-    before, now = source_of(checkpoint), images.source
-    if before and now and before.digest != now.digest:
-        raise RecipeError(
-            f"--data {now.folder} is not what {last} was trained on: images have come, gone or "
-            "changed; put them back, or train anew with another --out"
-        )
 
 
 def be_quiet() -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -18,12 +18,12 @@ import yaml
 from test_recipe_data import make_images
 
 from resnet_reg_ext import cli
-from resnet_reg_ext.recipe import compare
 from resnet_reg_ext.recipe.callbacks import WholeFiles
 from resnet_reg_ext.recipe.files import RecipeError, prepare_folder
-from resnet_reg_ext.recipe.model import Classifier, load_weights, regularised
+from resnet_reg_ext.recipe.model import Classifier, regularised
+from resnet_reg_ext.recipe.results import Result
 from resnet_reg_ext.recipe.settings import Run, save_options
-from resnet_reg_ext.recipe.train import Result
+from resnet_reg_ext.recipe.weights import load_weights
 
 TINY = ["--image-size", "16", "--train-size", "40", "--test-size", "20", "--batch-size", "10"]
 TINY += ["--accelerator", "cpu"]
@@ -68,14 +68,6 @@ def refused(arguments, capsys):
     assert error.startswith(f"resnet-reg {arguments[0]}: ")
     assert error.count("\n") == 1
     return error
-
-
-def result(train_accuracy, test_accuracy, zeros=0.0, seed=0):
-    row = {"train_accuracy": train_accuracy, "test_accuracy": test_accuracy, "zeros": zeros}
-    row |= {"epoch": 1.0, "train_loss": 0.1, "test_loss": 0.5, "test_f1": 0.5, "train_f1": 0.5}
-    data = {"classes": ["a", "b"], "train_images": 40, "wrong_labels": 0, "test_images": 400}
-    layers = {"conv1.weight": zeros}
-    return Result(Run(seed=seed), data, [row], 9.0, layers, [[1, 0], [0, 1]], {})
 
 
 @pytest.fixture(scope="module")
@@ -460,46 +452,3 @@ def test_a_missing_extra_is_named(tmp_path):
     assert done.returncode == 2
     assert "it needs the extra 'train': pip install '.[train]'" in done.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_a_verdict_of_one_seed_weighs_the_test_images():
-    base = {"none": [result(1.0, 0.80)]}
-    (close,) = compare.verdicts({**base, "L1": [result(1.0, 0.81, 0.6)]})
-    assert close.count("no difference seen") == 2
-    assert "60.0% of the regularised weights are exactly zero" in close
-    (better,) = compare.verdicts({**base, "L1": [result(0.95, 0.90)]})
-    assert "test accuracy: higher (+0.100" in better
-    assert "gap: smaller (-0.150" in better
-    (worse,) = compare.verdicts({**base, "L1": [result(1.0, 0.60)]})
-    assert "test accuracy: lower (-0.200" in worse
-    assert "gap: larger (+0.200" in worse
-
-
-def test_a_verdict_of_three_seeds_weighs_the_spread():
-    base = {"none": [result(1.0, a) for a in (0.70, 0.75, 0.80)]}
-    # Differences of 0.05, 0.04, 0.09: mean 0.06, standard deviation 0.0265, t(2) = 4.303.
-    (seen,) = compare.verdicts({**base, "L1": [result(1.0, a) for a in (0.75, 0.79, 0.89)]})
-    assert "no difference seen (+0.060, within ±0.066)" in seen
-    # Paired, differences that are alike are seen though the seeds differ more; what 1,200 images
-    # leave open stays: 2 sqrt((0.75 * 0.25 + 0.80 * 0.20) / 1200) = 0.034.
-    (seen,) = compare.verdicts({**base, "L1": [result(1.0, a) for a in (0.75, 0.80, 0.851)]})
-    assert "test accuracy: higher (+0.050 ± 0.034)" in seen
-    assert "gap: smaller" in seen
-
-
-def test_the_table_tells_mean_and_spread():
-    runs = [result(1.0, 0.7), result(1.0, 0.8)]
-    lines = compare.table({"none": runs}).splitlines()
-    assert "0.750 ± 0.071" in lines[2]
-    assert "+0.250 ± 0.071" in lines[2]
-    assert len({len(line) for line in lines}) == 1
-    text = compare.report({"none": runs}, [])
-    assert "made wrong" not in text
-    assert "2 seeds" in text
-
-
-def test_wrong_labels_are_said():
-    noisy = result(1.0, 0.7)
-    noisy = replace(noisy, data={**noisy.data, "wrong_labels": 12})
-    assert "Labels were made wrong on purpose" in compare.report({"none": [noisy]}, [])
-    assert "12 labels made wrong" in compare.conditions({"none": [noisy]})

@@ -19,9 +19,10 @@ from resnet_reg_ext.recipe import plots
 from resnet_reg_ext.recipe.data import load_images, load_split
 from resnet_reg_ext.recipe.evaluate import evaluate
 from resnet_reg_ext.recipe.files import RecipeError
-from resnet_reg_ext.recipe.model import Classifier, load_classifier, load_weights
+from resnet_reg_ext.recipe.model import Classifier, load_classifier
 from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import train
+from resnet_reg_ext.recipe.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
