@@ -50,6 +50,8 @@ def positions_kept(
 
 def take(tensor: Tensor, positions: Mapping[int, Tensor]) -> Tensor:
     """A new tensor with these positions of each dimension, in the same memory format."""
+    if not positions:
+        return tensor.detach().clone()
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     taken = tensor.detach()

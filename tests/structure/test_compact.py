@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from networks import NAMES, SIDE, Tiny, kill, network, with_statistics
 from torch import nn
@@ -41,7 +41,8 @@ def test_outputs_are_equal_without_the_dead_channels(name):
     model, sets = network(name)
     x = torch.rand(3, 3, SIDE, SIDE, dtype=torch.float64)
 
-    @settings(max_examples=3)
+    # A failure isn't shrunk: each try holds two models.
+    @settings(max_examples=3, phases=[Phase.generate])
     @given(dead_channels(sets))
     def check(dead):
         killed = kill(copy.deepcopy(model), sets, dead)
@@ -49,11 +50,9 @@ def test_outputs_are_equal_without_the_dead_channels(name):
         expected, got = outputs(killed, x), outputs(result.model, x)
         assert (got - expected).abs().max() <= 1e-12 * expected.abs().max()
         for one in sets:
-            gone = result.report.removed.get(one.name, ())
             # Of a set that is dead as a whole the first channel stays.
-            assert set(gone) == set(dead[one.name]) - (
-                {0} if len(dead[one.name]) == one.size else {}
-            )
+            stays = {0} if len(dead[one.name]) == one.size else set()
+            assert set(result.report.removed.get(one.name, ())) == set(dead[one.name]) - stays
         single, small = killed.float(), result.model.float()
         expected, got = outputs(single, x.float()), outputs(small, x.float())
         assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -88,7 +87,7 @@ def test_a_training_step_is_equal_without_the_dead_channels(name):
 
 
 def test_layers_that_mix_channels_keep_them_and_are_named():
-    model, sets = network("convnext")
+    model, _ = network("convnext")
     killed = copy.deepcopy(model)
     with torch.no_grad():
         killed.features[0][0].weight[3] = 0
@@ -295,7 +294,7 @@ def test_another_models_average_sets_or_optimizer_are_refused():
         compact(model, EXAMPLE, average=AveragedModel(wide))
     with pytest.raises(ValueError, match="none of the model's parameters"):
         compact(model, EXAMPLE, other)
-    with pytest.raises(ValueError, match="sets are another model's: conv1.weight has 0"):
+    with pytest.raises(ValueError, match=r"sets are another model's: stem.weight has 0"):
         compact(nn.Sequential(nn.Linear(2, 2)), EXAMPLE, sets=sets)
     with pytest.raises(TypeError, match="optimizer is a str"):
         compact(model, EXAMPLE, "sgd")
