@@ -142,19 +142,16 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
                 memo[id(hook.__self__)] = hook.__self__
         elif not isinstance(hook, partial) and id(hook) not in own:
             memo[id(hook)] = hook
+    for module in model.modules():
+        # What a forward pass has left behind, as masked and normalised weights: it will be made
+        # anew, and deepcopy refuses what autograd has made.
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     try:
         return copy.deepcopy(model, memo)
-    except RuntimeError as error:
-        where = next(
-            (
-                f"{path}.{name}"
-                for path, module in model.named_modules()
-                for name, value in vars(module).items()
-                if isinstance(value, Tensor) and not value.is_leaf
-            ),
-            type(model).__name__,
-        )
-        raise ValueError(f"{where} can't be copied: {error}") from None
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{type(model).__name__} can't be copied: {error}") from None
 
 
 def _module_hooks(model: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:

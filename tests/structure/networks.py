@@ -69,13 +69,13 @@ NAMES = [
 
 
 class Tiny(nn.Module):
-    """A residual network of 12 channels, with a convolution of two groups and a bias."""
+    """A residual network of 12 channels, with a convolution of three groups and a bias."""
 
     def __init__(self, norm=nn.BatchNorm2d, activation=nn.ReLU):
         super().__init__()
         self.stem, self.norm0 = nn.Conv2d(3, 12, 3, padding=1, bias=False), norm(12)
-        self.conv1, self.norm1 = nn.Conv2d(12, 8, 3, padding=1), norm(8)
-        self.conv2, self.norm2 = nn.Conv2d(8, 12, 3, padding=1, groups=2, bias=False), norm(12)
+        self.conv1, self.norm1 = nn.Conv2d(12, 9, 3, padding=1), norm(9)
+        self.conv2, self.norm2 = nn.Conv2d(9, 12, 3, padding=1, groups=3, bias=False), norm(12)
         self.down, self.norm3 = nn.Conv2d(12, 16, 1, stride=2, bias=False), norm(16)
         self.fc = nn.Linear(16, 4)
         self.act = activation()

@@ -137,11 +137,11 @@ def test_multiply_adds_are_those_that_torch_counts():
 def test_a_group_of_a_convolution_is_one_channel():
     model = Tiny()
     by_name = {one.name: one for one in channels(model, torch.rand(2, 3, 8, 8))}
-    # 4 channels of conv1 feed 6 of conv2, which are in the residual stream with the stem's.
-    assert by_name["stem"].size == 2
+    # 3 channels of conv1 feed 4 of conv2, which are in the residual stream with the stem's.
+    assert by_name["stem"].size == 3
     rows = {index.tensor: index.indices for index in by_name["stem"].producers}
-    assert rows["conv1.bias"] == ((0, 1, 2, 3), (4, 5, 6, 7))
-    assert rows["conv2.weight"] == (tuple(range(6)), tuple(range(6, 12)))
+    assert rows["conv1.bias"] == ((0, 1, 2), (3, 4, 5), (6, 7, 8))
+    assert rows["conv2.weight"] == ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11))
 
 
 def test_the_model_is_left_as_it_was():

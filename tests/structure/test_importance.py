@@ -179,11 +179,11 @@ def test_the_optimizer_goes_along(tiny, batches):
         ({"share": 0.5, "multiple_of": 0}, "multiple_of is 0: must be"),
         ({"share": 0.5, "importance": {}}, "importance of set stem is NoneType: must be"),
         (
-            {"share": 0.5, "importance": {"stem": torch.ones(3)}},
-            r"importance of set stem is \(3,\): must be a tensor of shape \(2,\)",
+            {"share": 0.5, "importance": {"stem": torch.ones(2)}},
+            r"importance of set stem is \(2,\): must be a tensor of shape \(3,\)",
         ),
         (
-            {"share": 0.5, "importance": {"stem": torch.tensor([math.nan, 1])}},
+            {"share": 0.5, "importance": {"stem": torch.tensor([math.nan, 1, 1])}},
             "importance of set stem has values that aren't finite",
         ),
     ],

@@ -38,7 +38,7 @@ def step(model, optimizer, sets, x, y):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    group_shrink(model, sets, 0.06)
+    group_shrink(model, sets, 0.055)
     zero_dead_columns(model, sets, optimizer)
     return loss.item()
 
@@ -77,9 +77,10 @@ def test_twenty_steps_after_a_removal_are_those_without(kind, activation):
     sets = channels(model, EXAMPLE)
     optimizer = OPTIMIZERS[kind](model.parameters())
     numbers = {one.name: list(range(one.size)) for one in sets}
-    while not dead_of(model, sets, numbers):
+    for _ in range(5):
         step(model, optimizer, sets, x, y)
-    kill(model, sets, {"down": [3]})  # one whose momentum would bring it back
+    # Their own momentum would bring them back, and what reads the stem counts in down's norms.
+    kill(model, sets, {"down": [3], "stem": [0]})
     zero_dead_columns(model, sets, optimizer)
 
     whole, whole_optimizer = copy.deepcopy((model, optimizer))
@@ -107,7 +108,7 @@ def prepared(optimizer_class=torch.optim.SGD, dtype=torch.float32, **options):
     return model, sets, optimizer
 
 
-STEM = [i for i in range(12) if i not in range(6, 12)]
+STEM = [i for i in range(12) if i not in range(4, 8)]
 DOWN = [i for i in range(16) if i not in (0, 5)]
 
 
