@@ -58,7 +58,7 @@ def channels(model: nn.Module, example_inputs: Any) -> Channels:
         ...     print(one.name, one.size, [rows.tensor for rows in one.producers])
     """
     check_model(model, "channels")
-    with torch.inference_mode(False), torch.enable_grad(), _no_autocast(example_inputs, model):
+    with torch.inference_mode(False), torch.enable_grad(), _no_autocast(model):
         copy = without_hooks(copy_module(model)).eval().double().requires_grad_(False)
         for parameter in copy.parameters():
             if parameter.is_floating_point():
@@ -116,7 +116,7 @@ def _examples(example_inputs: Any) -> int:
     return 1
 
 
-def _no_autocast(example_inputs: Any, model: nn.Module) -> torch.autocast:
+def _no_autocast(model: nn.Module) -> torch.autocast:
     first = next(iter(model.parameters()), None)
     device = first.device.type if first is not None else "cpu"
     return torch.autocast(device, enabled=False)

@@ -65,7 +65,7 @@ def compact(
 
     Args:
         model: any module; it is left as it was.
-        example_inputs: as for :func:`channels`.
+        example_inputs: as for :func:`channels`; not used where ``sets`` is given.
         optimizer: is changed in place: its groups list the new parameters, and state of a
             parameter's shape (momentum buffers, master weights, ...) loses the same channels.
             Schedulers and a GradScaler go on with it. A channel is zero only if its master weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -65,10 +65,12 @@ def importance(
     if method not in ("taylor", "magnitude"):
         raise ValueError(f"importance: method is {method!r}: must be 'taylor' or 'magnitude'")
     if sets is None:
-        first = next(iter(loader), None)
+        # A generator gives its first batch once.
+        batches = iter(loader)
+        first = next(batches, None)
         if first is None:
             raise ValueError("importance: loader has no batch: must have one")
-        sets = channels(model, _moved(first[0], model))
+        sets, loader = channels(model, _moved(first[0], model)), chain([first], batches)
     if method == "magnitude":
         return magnitude(model, sets)
     copy = without_hooks(copy_module(model)).requires_grad_(False)
@@ -174,7 +176,7 @@ def remove(
 
     Args:
         model: is left as it was.
-        example_inputs: as for :func:`channels`.
+        example_inputs: as for :func:`channels`; not used where ``sets`` is given.
         share: of the channels of all sets, in [0, 1), to take out; exactly that many, rounded, with
             ``multiple_of=1``.
         macs: of the multiply-adds, in [0, 1), to take out, at least; in place of ``share``.

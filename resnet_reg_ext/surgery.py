@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -130,8 +131,7 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
     own = {id(module) for module in model.modules()} | {id(p) for p in model.parameters()}
     for path, hook in _module_hooks(model):
         function = hook.func if isinstance(hook, partial) else hook
-        cells = getattr(function, "__closure__", None) or ()
-        if any(id(cell.cell_contents) in own for cell in cells):
+        if any(id(value) in own for value in _closed_over(function)):
             raise ValueError(
                 f"{path or 'the model'} has a hook ({getattr(function, '__name__', function)}) "
                 "that refers to the model's own modules or parameters and would go on with the "
@@ -152,6 +152,14 @@ def copy_module(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modu
         return copy.deepcopy(model, memo)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{type(model).__name__} can't be copied: {error}") from None
+
+
+def _closed_over(function: Any) -> Iterator[Any]:
+    """The values that a closure holds."""
+    for cell in getattr(function, "__closure__", None) or ():
+        # A cell is empty until its variable is assigned.
+        with contextlib.suppress(ValueError):
+            yield cell.cell_contents
 
 
 def _module_hooks(model: nn.Module) -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -226,6 +226,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_content_is_refused(tmp_path, saved, kind, capsys):
     change, named = HOSTILE[kind]

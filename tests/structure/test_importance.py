@@ -93,6 +93,8 @@ def test_batches_are_counted(tiny, batches):
     model, sets = tiny
     one = importance(model, batches, sets=sets, max_batches=1)
     torch.testing.assert_close(one, importance(model, batches[:1], sets=sets))
+    every = importance(model, batches, sets=sets)
+    torch.testing.assert_close(importance(model, (batch for batch in batches)), every)
     for loader in ([], iter(())):
         with pytest.raises(ValueError, match="loader has no batch"):
             importance(model, loader, sets=sets)

@@ -171,6 +171,17 @@ def test_master_weights_go_along():
     assert torch.equal(master.bfloat16(), new.down.weight)
 
 
+def test_prox_sgd_counts_zeros_of_the_new_parameters():
+    model, sets, optimizer = prepared(ProxSGD, l1=1e-3, track_sparsity=True)
+    before = optimizer.sparsity().size
+    result = compact(model, EXAMPLE, optimizer, sets=sets)
+    assert optimizer.sparsity().size == result.report.parameters[1] < before
+    cross_entropy(result.model(torch.rand(4, 3, 8, 8)), torch.arange(4)).backward()
+    optimizer.step()
+    expected = sum(int((p == 0).sum()) for p in result.model.parameters())
+    assert optimizer.sparsity().zeros == expected
+
+
 def test_any_state_of_the_parameters_shape_goes_along():
     model, sets, optimizer = prepared(torch.optim.AdamW)
     optimizer.state[model.down.weight]["start"] = torch.arange(16 * 12).view(16, 12, 1, 1)
