@@ -1,0 +1,167 @@
+"""Sets of coupled channels as plain objects, and which of their channels are zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ChannelIndex:
+    """Where the channels of a set lie in one tensor.
+
+    Attributes:
+        tensor: full name of the parameter or buffer, such as ``"layer1.0.conv1.weight"``.
+        dim: the dimension that the channels lie along.
+        indices: for each channel of the set its positions on ``dim``. There are several where a
+            flattened image feeds a linear layer, or where a convolution has groups; none where
+            the tensor has nothing of that channel.
+    """
+
+    tensor: str
+    dim: int
+    indices: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ChannelSet:
+    """Channels that can only be taken out of all of these tensors at once.
+
+    Attributes:
+        name: the first module, in the model's order, that produces the channels.
+        size: number of channels.
+        producers: rows of convolutions and linear layers (weight and bias) and elements of norms
+            (weight and bias). A channel is zero for every input if all of these are zero.
+        consumers: columns of the layers that read the channels.
+        statistics: what else is indexed by channel: running means and variances, PReLU's slopes.
+    """
+
+    name: str
+    size: int
+    producers: tuple[ChannelIndex, ...]
+    consumers: tuple[ChannelIndex, ...]
+    statistics: tuple[ChannelIndex, ...] = ()
+
+    @property
+    def all(self) -> tuple[ChannelIndex, ...]:
+        """Producers, consumers and statistics."""
+        return self.producers + self.consumers + self.statistics
+
+    @property
+    def width(self) -> int:
+        """Rows of the first producer for each channel: 1, but for convolutions with groups."""
+        return max(1, len(self.producers[0].indices[0]))
+
+
+@dataclass(frozen=True)
+class ExcludedSet:
+    """Channels that are coupled but can't be taken out.
+
+    Attributes:
+        name: the first module that produces them.
+        reason: why not; it names the module that stands in the way.
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Channels(Sequence[ChannelSet]):
+    """The sets of a model, in the model's order.
+
+    Attributes:
+        sets: those whose channels can be taken out.
+        excluded: those whose channels can't.
+        multiply_adds: by layer, for one example of a batch: those of convolutions and linear
+            layers.
+    """
+
+    sets: tuple[ChannelSet, ...]
+    excluded: tuple[ExcludedSet, ...] = ()
+    multiply_adds: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Number of channels in all sets."""
+        return sum(one.size for one in self.sets)
+
+    @overload
+    def __getitem__(self, index: int) -> ChannelSet: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[ChannelSet, ...]: ...
+    def __getitem__(self, index: int | slice) -> ChannelSet | tuple[ChannelSet, ...]:
+        return self.sets[index]
+
+    def __len__(self) -> int:
+        return len(self.sets)
+
+    def __iter__(self) -> Iterator[ChannelSet]:
+        return iter(self.sets)
+
+    def __str__(self) -> str:
+        width = max([len("set"), *(len(one.name) for one in self.sets)])
+        lines = [f"{'set':<{width}}  {'channels':>8}  {'producers':>9}  {'consumers':>9}"]
+        lines += [
+            f"{one.name:<{width}}  {one.size:>8}  {len(one.producers):>9}  {len(one.consumers):>9}"
+            for one in self.sets
+        ]
+        lines.append(f"{'total':<{width}}  {self.total:>8}")
+        lines += [f"excluded: {one}" for one in self.excluded]
+        return "\n".join(lines)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def flat_indices(index: ChannelIndex, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions on the dimension, and beside each the channel it belongs to (both int64)."""
+    positions = [p for positions in index.indices for p in positions]
+    owners = [i for i, positions in enumerate(index.indices) for _ in positions]
+    return (
+        torch.tensor(positions, dtype=torch.long, device=device),
+        torch.tensor(owners, dtype=torch.long, device=device),
+    )
+
+
+def per_channel_sum(values: Tensor, index: ChannelIndex, size: int) -> Tensor:
+    """Sums ``values``, of the tensor's shape, over everything of a channel: (size,)."""
+    rows = values.movedim(index.dim, 0).reshape(values.shape[index.dim], -1).sum(1)
+    positions, owners = flat_indices(index, values.device)
+    return torch.zeros(size, dtype=rows.dtype, device=rows.device).index_add(
+        0, owners, rows[positions]
+    )
+
+
+@torch.no_grad()
+def nonzero_channels(
+    tensors: Mapping[str, Tensor], indices: Sequence[ChannelIndex], size: int
+) -> Tensor:
+    """Which channels have anything but exact zeros in these tensors: (size,) of bool, on the CPU.
+
+    Both zeros count as zero, NaN doesn't.
+    """
+    live = torch.zeros(size, dtype=torch.bool)
+    for index in indices:
+        count = per_channel_sum((tensors[index.tensor] != 0).long(), index, size)
+        live |= count.cpu() > 0
+    return live
+
+
+def smallest_multiple(count: int, one: ChannelSet, multiple_of: int) -> int:
+    """How many channels to keep, at least ``count``, so that rows are a multiple; at most all."""
+    step = multiple_of // math.gcd(multiple_of, one.width)
+    return min(one.size, -(-max(1, count) // step) * step)
