@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checkpoints, group_checks, state
-from .backends import dispatch, dtensor, native
-from .backends.bucket import Bucket, Run, Skip
-from .backends.device_values import DeviceValues, to_float32
-from .options import Options, one_element, to_number
+from . import checkpoints, eager_step, group_checks
+from .backends import native
+from .options import Options
 from .sparsity import Sparsity, count, has_l1
 from .tracked_zeros import TrackedZeros
 
@@ -299,52 +296,13 @@ class ProxSGD(Optimizer):
 
             if grad_coefficient is not None and not isinstance(grad_coefficient, Tensor):
                 grad_coefficient = torch.tensor(grad_coefficient, dtype=torch.float64, device="cpu")
-            compiled_step.step(self, self._device_values(grad_coefficient))
+            compiled_step.step(self, eager_step.device_values(self, grad_coefficient))
         else:
             self._step(grad_coefficient)
         return loss
 
     def _step(self, grad_coefficient: float | Tensor | None = None) -> None:
-        """The step of all groups: options, collect, prepare, run, commit."""
-        values = self._device_values(grad_coefficient)
-        coefficient = 1.0
-        if grad_coefficient is not None and not isinstance(grad_coefficient, Tensor):
-            coefficient = to_float32(to_number(grad_coefficient, "ProxSGD: grad_coefficient"))
-        # An option's __float__ may run anyone's code: all are read before any tensor is.
-        every = [
-            _read_options(group, index, values, coefficient)
-            for index, group in enumerate(self.param_groups)
-        ]
-        collected: list[tuple[Bucket, dict[str, Any], Options, DeviceValues]] = []
-        for index, (group, (options, of_group)) in enumerate(
-            zip(self.param_groups, every, strict=True)
-        ):
-            for bucket in state.collect(group, index, self.state, options.momentum != 0):
-                state.create_missing(bucket, group)
-                collected.append((bucket, group, options, of_group))
-        prepared: list[tuple[Bucket, Run, Tensor | None]] = []
-        for bucket, group, options, of_group in collected:
-            run = dispatch.prepare(
-                bucket,
-                options,
-                fused=group["fused"],
-                capturable=group["capturable"],
-                values=of_group,
-            )
-            if not isinstance(run, Skip):
-                prepared.append((bucket, run, of_group.found_inf))
-        for _, run, _ in prepared:
-            run()
-        for bucket, _, _ in prepared:
-            state.commit(bucket, self.state)
-        self._keep_counts(prepared)
-
-    def _keep_counts(self, ran: list[tuple[Bucket, Run, Tensor | None]]) -> None:
-        counted = [
-            TrackedZeros(bucket.params, bucket.num_zeros, found_inf).stamped()
-            for bucket, _, found_inf in ran
-            if bucket.num_zeros is not None
-        ]
+        counted = eager_step.step(self, grad_coefficient)
         if counted:
             self._tracked_zeros = counted
 
@@ -354,34 +312,7 @@ class ProxSGD(Optimizer):
 
         return compiled_step.init_group(self, *arguments)
 
-    def _device_values(self, grad_coefficient: float | Tensor | None) -> DeviceValues:
-        """What a GradScaler, and a tensor of the caller's, say of the gradients."""
-        if isinstance(grad_coefficient, Tensor):
-            one_element(grad_coefficient, "ProxSGD: grad_coefficient")
-        else:
-            grad_coefficient = None
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if scale is None and grad_coefficient is None and found_inf is None:
-            return DeviceValues()
-        return DeviceValues(
-            grad_scale=dtensor.full_tensor(scale),
-            grad_coefficient=dtensor.full_tensor(grad_coefficient),
-            found_inf=dtensor.full_tensor(found_inf),
-        )
-
     def _zeros_known(self) -> dict[Tensor, Tensor]:
         """What the last step counted, for the parameters that are still as it left them."""
         tracked: list[TrackedZeros] = self.__dict__.get("_tracked_zeros", [])
         return {p: num_zeros for counts in tracked for p, num_zeros in counts.unchanged()}
-
-
-def _read_options(
-    group: dict[str, Any], index: int, values: DeviceValues, grad_coefficient: float
-) -> tuple[Options, DeviceValues]:
-    """A group's options, checked, and those of its values that a kernel reads on a device."""
-    on_device: dict[str, Tensor] = {}
-    options = Options.from_group(group, f"ProxSGD: param_groups[{index}]: ", on_device)
-    if grad_coefficient != 1:
-        options = dataclasses.replace(options, grad_coefficient=grad_coefficient)
-    return options, values._replace(**on_device) if on_device else values

@@ -18,7 +18,7 @@ LAYERS = [
     {"backends.dtensor", "backends.native", "backends.pure"},
     {"backends.dispatch"},
     {"backends.op", "functional", "sparsity", "state", "tracked_zeros"},
-    {"checkpoints", "compiled_step", "group_checks"},
+    {"checkpoints", "compiled_step", "eager_step", "group_checks"},
     {"prox_sgd"},
     {"param_groups", "schedules"},
     {"target_sparsity"},
