@@ -109,13 +109,14 @@ Storage storage_named(const std::string& name) {
 // CUDA device index -> the values in that device's memory.
 cuda::DeviceValues values_on(const py::dict& device_values, int device) {
   for (const auto& [index, values] : device_values) {
+    if (!py::isinstance<py::int_>(index)) throw py::type_error("device_values: a key is no int");
     if (index.cast<int>() == device) return values.cast<cuda::DeviceValues>();
   }
   return {};
 }
 
-// `threads` is py::int_, which takes no object with __index__: no Python code may run while a
-// reading's addresses are in use.
+// `threads` is py::int_, which takes no object with __index__: no Python code may run between
+// reading addresses and using them.
 void run(const TensorReader& reader, const Reading& reading, const Options& options,
          const py::int_& threads, const py::dict& device_values) {
   struct CudaStep {

@@ -81,7 +81,7 @@ MUTANTS = [
         "rounding_mode",
     ),
     Mutant(
-        "GIL held", "bindings.cpp", "  const py::gil_scoped_release release;\n", "", "half_done"
+        "GIL held", "bindings.cpp", "  const py::gil_scoped_release release;\n", "", "during_a_step"
     ),
     Mutant(
         "threads converted by Python code",
