@@ -106,7 +106,7 @@ $(WHEEL): $(SOURCES) | .venv/.torch
 	touch $@
 
 .venv/.ready: $(WHEEL)
-	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[train,test,integration,lint]"
+	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[train,compact,test,integration,lint]"
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
 

@@ -7,6 +7,15 @@ from .param_groups import param_groups
 from .prox_sgd import ProxSGD
 from .schedules import L1Scheduler
 from .sparsity import LayerSparsity, Sparsity, sparsity
+from .structure import (
+    channels,
+    compact,
+    importance,
+    load_compact,
+    remove,
+    save_compact,
+    zero_dead_columns,
+)
 from .target_sparsity import TargetSparsity
 
 __version__ = _version("resnet_reg_ext")
@@ -16,7 +25,14 @@ __all__ = [
     "ProxSGD",
     "Sparsity",
     "TargetSparsity",
+    "channels",
+    "compact",
     "functional",
+    "importance",
+    "load_compact",
     "param_groups",
+    "remove",
+    "save_compact",
     "sparsity",
+    "zero_dead_columns",
 ]

@@ -123,9 +123,16 @@ def test_public_names():
         "ProxSGD",
         "Sparsity",
         "TargetSparsity",
+        "channels",
+        "compact",
         "functional",
+        "importance",
+        "load_compact",
         "param_groups",
+        "remove",
+        "save_compact",
         "sparsity",
+        "zero_dead_columns",
     ]
     assert sorted(resnet_reg_ext.functional.__all__) == [
         "elastic_net_prox",

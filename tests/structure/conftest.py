@@ -1,12 +1,8 @@
 """Helpers of this folder are imported by name; small layers need one thread."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("torch_pruning")
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from resnet_reg_ext.channels import channels
+from resnet_reg_ext import channels
 
 SIDE = 32
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import parametrizations, prune
 
-from resnet_reg_ext.channels import channels
+from resnet_reg_ext import channels
 
 
 class _Ids:

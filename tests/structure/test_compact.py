@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
-from resnet_reg_ext.channels import channels
-from resnet_reg_ext.compact import compact
+from resnet_reg_ext import channels, compact
 
 EXAMPLE = torch.rand(1, 3, 8, 8)
 

@@ -13,10 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from resnet_reg_ext.channels import channels
-from resnet_reg_ext.compact import compact
-from resnet_reg_ext.compact_checkpoint import load_compact, save_compact
-from resnet_reg_ext.importance import remove
+from resnet_reg_ext import channels, compact, load_compact, remove, save_compact
 
 FORMATS = ["pt", "safetensors"]
 

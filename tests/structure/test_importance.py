@@ -8,8 +8,7 @@ from networks import Tiny, kill, with_statistics
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from resnet_reg_ext.channels import channels
-from resnet_reg_ext.importance import importance, remove
+from resnet_reg_ext import channels, importance, remove
 
 EXAMPLE = torch.rand(1, 3, 8, 8)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from networks import SIDE, Tiny, with_statistics
 
-from resnet_reg_ext.importance import remove
+from resnet_reg_ext import remove
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

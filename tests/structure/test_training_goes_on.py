@@ -9,9 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
 
-from resnet_reg_ext import ProxSGD
-from resnet_reg_ext.channels import channels
-from resnet_reg_ext.compact import compact, zero_dead_columns
+from resnet_reg_ext import ProxSGD, channels, compact, zero_dead_columns
 
 EXAMPLE = torch.rand(1, 3, 8, 8)
 DEAD = {"stem": [1], "down": [0, 5]}
