@@ -28,7 +28,7 @@ test: .venv/.ready test-older test-python-reader test-sanitize
 
 # The same wheel, unchanged, on another torch: what depends on torch and doesn't need the programs
 # of .venv (torchvision, Lightning, ...).
-ANY_TORCH := tests/core tests/ecosystem tests/packaging -m "not one_torch"
+ANY_TORCH := tests/core tests/distributed tests/packaging -m "not one_torch"
 
 test-older: .venv-older/.ready
 	$(BOTH_CORES) $(OLD)/pytest -q $(IN_TWO) $(ANY_TORCH)

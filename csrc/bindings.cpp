@@ -193,6 +193,9 @@ void bind_reader(py::module_& m) {
       .def_property_readonly(
           "cuda_unusable", [](const Rejection& r) { return r.reason == Reason::no_cuda; },
           "Whether the reason is a CUDA device that this build can't use.")
+      .def_property_readonly(
+          "shared", [](const Rejection& r) { return r.reason == Reason::shared; },
+          "Whether the reason is memory that it shares with another parameter.")
       .def_readonly("reason", &Rejection::in_words);
 
   py::class_<Reading>(m, "Reading", "Tensors that were read and checked; keeps them alive.")

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 namespace py = pybind11;
@@ -101,6 +102,8 @@ std::string in_words(Reason reason, cpu::Simd simd) {
       return "its gradient, momentum buffer or master weight has another shape, device or dtype";
     case Reason::not_dense:
       return "it is not dense: it has gaps, overlaps or repeats in memory";
+    case Reason::shared:
+      return "it shares memory with another parameter";
     case Reason::no_cuda:
       return "its CUDA device can't be used";
     case Reason::no_cpu:
@@ -108,6 +111,43 @@ std::string in_words(Reason reason, cpu::Simd simd) {
     default:
       return "its gradient, momentum buffer or master weight has another memory layout";
   }
+}
+
+// A parameter that a kernel can take.
+struct Fitting {
+  int64_t index;
+  dlpack::Device device;
+  Storage storage;
+  Operands operands;
+  uintptr_t begin;  // its parameter's memory
+  uintptr_t end;
+};
+
+// Marks parameters that overlap another one in memory. All are dense, so their spans tell.
+std::vector<bool> find_shared(const std::vector<Fitting>& fitting) {
+  std::vector<const Fitting*> order;
+  order.reserve(fitting.size());
+  for (const Fitting& f : fitting) order.push_back(&f);
+  std::sort(order.begin(), order.end(), [](const Fitting* a, const Fitting* b) {
+    return std::tie(a->device.device_type, a->device.device_id, a->begin) <
+           std::tie(b->device.device_type, b->device.device_id, b->begin);
+  });
+  std::vector<bool> shared(fitting.size());
+  const auto mark = [&](const Fitting* f) {
+    shared[static_cast<size_t>(f - fitting.data())] = true;
+  };
+  const Fitting* farthest = nullptr;  // of those before on the same device: the one that ends last
+  for (const Fitting* f : order) {
+    const bool same_device = farthest != nullptr &&
+                             farthest->device.device_type == f->device.device_type &&
+                             farthest->device.device_id == f->device.device_id;
+    if (same_device && f->begin < farthest->end) {
+      mark(f);
+      mark(farthest);
+    }
+    if (!same_device || f->end > farthest->end) farthest = f;
+  }
+  return shared;
 }
 
 // Adds operands to the batch of their device and storage.
@@ -170,6 +210,8 @@ Reading TensorReader::read(const py::list& params, const py::list& grads,
     return Reason::fits;
   };
   const auto count = static_cast<Py_ssize_t>(reading.tensors.front().size());
+  std::vector<Fitting> fitting;
+  fitting.reserve(static_cast<size_t>(count));
   for (Py_ssize_t i = 0; i < count; ++i) {
     Storage storage{};
     Operands operands{};
@@ -179,9 +221,23 @@ Reading TensorReader::read(const py::list& params, const py::list& grads,
       reading.rejections.push_back({i, reason, in_words(reason, simd)});
     } else if (operands.numel > 0) {
       if (num_zeros != nullptr) operands.num_zeros = num_zeros + i;
-      add(reading.batches, row.views[kParam].tensor.device, storage, operands);
+      const dlpack::Tensor& param = row.views[kParam].tensor;
+      const auto begin = reinterpret_cast<uintptr_t>(operands.param);
+      const auto bytes = static_cast<uintptr_t>(operands.numel) * (param.dtype.bits / 8);
+      fitting.push_back({i, param.device, storage, operands, begin, begin + bytes});
     }
   }
+  const std::vector<bool> shared = find_shared(fitting);
+  for (size_t n = 0; n < fitting.size(); ++n) {
+    const Fitting& f = fitting[n];
+    if (shared[n]) {
+      reading.rejections.push_back({f.index, Reason::shared, in_words(Reason::shared, simd)});
+    } else {
+      add(reading.batches, f.device, f.storage, f.operands);
+    }
+  }
+  const auto by_index = [](const Rejection& a, const Rejection& b) { return a.index < b.index; };
+  std::sort(reading.rejections.begin(), reading.rejections.end(), by_index);
   return reading;
 }
 

@@ -30,6 +30,7 @@ enum class Reason : int32_t {
   dtype,       // not a floating-point type that a kernel knows
   mixed,       // its tensors differ in shape or device, or in dtype in a way that no storage has
   not_dense,   // the parameter has gaps, overlaps or repeats in memory
+  shared,      // the parameter shares memory with another: threads would write to it at once
   no_cuda,     // on a CUDA device that this build can't use
   no_cpu,      // on a CPU that this build can't use
   layout,      // its gradient or state has another memory layout, dense or not

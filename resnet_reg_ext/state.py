@@ -42,28 +42,30 @@ def collect(
     # A copy: another thread may change the list wherever torch lets it run.
     params: list[Tensor] = list(group["params"])
     grads: list[Any] = [p.grad for p in params]
-    if NoneType in set(map(type, grads)):
+    if _has_none(grads):
         params = [p for p, g in zip(params, grads, strict=True) if g is not None]
         grads = [g for g in grads if g is not None]
     if not params:
         return []
     whole = Bucket(params, grads, None, None, False, partial(_name_of, group, index, params))
-    if momentum or group["master_weights"]:
-        states = [state.get(p, _NO_STATE) for p in params]
-        buckets = _divide(whole, group, states, momentum)
+    buffers: list[Any] | None = None
+    if momentum:
+        buffers = [state.get(p, _NO_STATE).get(MOMENTUM_BUFFER) for p in params]
+    if group["master_weights"] or (buffers is not None and _has_none(buffers)):
+        buckets = _divide(whole, group, [state.get(p, _NO_STATE) for p in params], buffers)
     else:
+        whole.momentum_buffers = buffers
         buckets = [whole]
     return _with_counters(buckets) if group["track_sparsity"] else buckets
 
 
 def _divide(
-    whole: Bucket, group: Mapping[str, Any], states: Sequence[dict[str, Any]], momentum: bool
+    whole: Bucket,
+    group: Mapping[str, Any],
+    states: Sequence[dict[str, Any]],
+    buffers: Sequence[Any] | None,
 ) -> list[Bucket]:
     """A bucket for each combination of first step or not, and master weight or not."""
-    buffers: list[Any] = [of_param.get(MOMENTUM_BUFFER) for of_param in states]
-    if not group["master_weights"] and not (momentum and NoneType in set(map(type, buffers))):
-        whole.momentum_buffers = buffers if momentum else None
-        return [whole]
     masters: list[Any] = [None] * len(states)
     with_master: set[int] = set()
     if group["master_weights"]:
@@ -75,19 +77,24 @@ def _divide(
                 # The parameter had 16 bits once; this step leaves its copy behind.
                 whole.created.append((param, MASTER_WEIGHT, None))
     members: dict[tuple[bool, bool], list[int]] = {}
-    for i, buffer in enumerate(buffers):
-        key = (momentum and buffer is None, i in with_master)
+    for i in range(len(states)):
+        key = (buffers is not None and buffers[i] is None, i in with_master)
         members.setdefault(key, []).append(i)
     buckets = []
     for (first_step, master), indices in members.items():
         part = whole if len(members) == 1 else whole.pick(indices)
         part.first_step = first_step
-        if momentum:
+        if buffers is not None:
             part.momentum_buffers = [buffers[i] for i in indices]
         if master:
             part.master_params = [masters[i] for i in indices]
         buckets.append(part)
     return buckets
+
+
+def _has_none(values: Sequence[Any]) -> bool:
+    """Whether a value is None; ``in`` would compare tensors."""
+    return NoneType in set(map(type, values))
 
 
 def _with_counters(buckets: list[Bucket]) -> list[Bucket]:
@@ -109,13 +116,12 @@ def _with_counters(buckets: list[Bucket]) -> list[Bucket]:
 
 def create_missing(bucket: Bucket, group: Mapping[str, Any]) -> None:
     """Fills in the state that doesn't exist yet. :func:`commit` puts it into the optimizer."""
+    momentum_buffers = bucket.momentum_buffers if bucket.first_step else None
     for key, values, make in (
-        (MOMENTUM_BUFFER, bucket.momentum_buffers, new_momentum_buffer),
+        (MOMENTUM_BUFFER, momentum_buffers, new_momentum_buffer),
         (MASTER_WEIGHT, bucket.master_params, new_master),
     ):
-        if values is None or NoneType not in set(map(type, values)):
-            continue
-        for i, value in enumerate(values):
+        for i, value in enumerate(values or ()):
             if value is None:
                 created = make(group, bucket.params[i])
                 values[i] = created

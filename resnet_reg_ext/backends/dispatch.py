@@ -174,6 +174,10 @@ def _prepare_split(
 
 def _check_pure_is_admitted(bucket: Bucket, fused: bool | None, misfit: Any) -> None:
     device = bucket.params[misfit.index].device
+    if misfit.shared:
+        raise ValueError(
+            f"{bucket.name(misfit.index)}: {misfit.reason}: give it its own by .clone()"
+        )
     if fused:
         why = f" ({native.why_cuda_unusable(device.index or 0)})" if misfit.cuda_unusable else ""
         raise RuntimeError(

@@ -7,6 +7,7 @@ otherwise the same.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -97,7 +98,8 @@ def read(bucket: Bucket) -> Any:
 
     Its ``misfits`` lists the parameters that the core can't take as they are: for each an ``index``
     in the bucket, a ``reason`` in words, ``layout_only`` where all that is wrong is that the
-    parameter's tensors are laid out differently, and ``cuda_unusable``.
+    parameter's tensors are laid out differently, ``cuda_unusable``, and ``shared`` where it shares
+    memory with another parameter.
     """
     zeros = 0 if bucket.num_zeros is None else bucket.num_zeros.data_ptr()
     return _reader.read(
@@ -112,7 +114,7 @@ def prepare(
 
     ``values`` are read on the parameters' CUDA devices when the kernel runs.
     """
-    native_options = _C.Options(**vars(options), first_step=bucket.first_step)
+    native_options = _native_options(options, bucket.first_step)
     on_devices = {}
     if values:
         for device in {param.device for param in bucket.params}:
@@ -136,6 +138,11 @@ def prepare(
         _C.prox_sgd_(_reader, reading, native_options, torch.get_num_threads(), addresses)
 
     return run
+
+
+@functools.lru_cache
+def _native_options(options: Options, first_step: bool) -> Any:
+    return _C.Options(**vars(options), first_step=first_step)
 
 
 _warned: set[str] = set()

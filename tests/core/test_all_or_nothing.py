@@ -308,3 +308,22 @@ def test_parameters_that_share_memory_are_refused(case):
 def test_parameters_in_one_buffer_that_share_no_element_are_taken(case):
     params = APART[case](nn.Parameter(torch.randn(6, 4)))
     assert len(ProxSGD(params).param_groups[0]["params"]) == 2
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("share", [lambda a: a.data, lambda a: a.data[3:]], ids=["all", "a part"])
+def test_memory_that_came_to_be_shared_after_construction(share, momentum):
+    """Threads of the native kernel would write to it at once."""
+    a, b, alone = (nn.Parameter(torch.linspace(-1, 1, 9)) for _ in range(3))
+    optimizer = ProxSGD([("a", a), ("alone", alone), ("b", b)], **{**OPTIONS, "momentum": momentum})
+    b.data = share(a)
+    for p in (a, alone, b):
+        p.grad = torch.ones(p.shape)
+    with pytest.raises(ValueError, match=r"\[0\] \(a\): it shares memory with another parameter"):
+        optimizer.step()
+    for p in (a, alone):
+        assert_same(p, torch.linspace(-1, 1, 9))
+    assert not optimizer.state
+    b.data = share(a).clone()
+    optimizer.step()
+    assert not torch.equal(alone, torch.linspace(-1, 1, 9))

@@ -22,8 +22,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from resnet_reg_ext import ProxSGD, param_groups, sparsity
 
-pytestmark = pytest.mark.one_torch
-
 BACKEND = "aot_eager"
 
 

@@ -35,8 +35,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from resnet_reg_ext import L1Scheduler, ProxSGD, TargetSparsity, param_groups, sparsity
 
-pytestmark = pytest.mark.one_torch
-
 ROOT = Path(__file__).resolve().parents[2]
 SGD_OPTIONS = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2}
 BATCHES, EPOCHS = 4, 3

@@ -24,10 +24,10 @@ VERSIONS = ("2.5.1", "2.6.0", "2.13.0", "2.14.1", "2.15.0")
 NEEDS = ("numpy", "scipy", "scikit-learn", "pytest", "hypothesis")
 # Leaves out what doesn't depend on torch, needs a GPU, or needs torchvision or other people's
 # programs, which come with a torch of their own.
-SELECTED = ("tests/core", "tests/ecosystem", "tests/packaging", "-m", "not one_torch")
+SELECTED = ("tests/core", "tests/distributed", "tests/packaging", "-m", "not one_torch")
 # FSDP2 doesn't run on a CPU there.
 WITHOUT_FSDP = ("2.5.1", "2.6.0")
-FSDP = "tests/ecosystem/test_distributed_dtensor.py"
+FSDP = "tests/distributed/test_dtensor.py"
 
 
 def run_on(version: str, wheel: Path, folder: Path) -> str:

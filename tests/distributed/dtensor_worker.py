@@ -1,4 +1,4 @@
-"""One of two processes of ``test_distributed_dtensor.py``: torchrun dtensor_worker.py FOLDER.
+"""One of two processes of ``test_dtensor.py``: torchrun dtensor_worker.py FOLDER.
 
 Trains in every way that the test compares and leaves what came out in FOLDER, by process.
 """

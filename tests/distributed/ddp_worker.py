@@ -1,4 +1,4 @@
-"""One of two processes of ``test_distributed_ddp.py``: torchrun ddp_worker.py FOLDER.
+"""One of two processes of ``test_ddp.py``: torchrun ddp_worker.py FOLDER.
 
 Trains in every way that the test compares and leaves the weights and states in FOLDER, by process.
 """
