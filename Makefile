@@ -20,7 +20,8 @@ demo: .venv/.ready-demo
 
 # Two processes of tests whose waiting threads leave the cores to each other.
 BOTH_CORES := OMP_WAIT_POLICY=passive
-IN_TWO := -n 2 --dist loadfile
+# In the order of collection, which spreads the long files; by their number of tests, those would come last.
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 # The run on .venv comes last, so that its summary is the last thing printed.
 test: .venv/.ready test-older test-python-reader test-sanitize

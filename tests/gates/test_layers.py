@@ -88,5 +88,5 @@ def test_every_module_that_has_a_layer_exists():
 def test_imports_are_found():
     """Or the tests above would pass on anything."""
     assert "backends.dispatch" in imports_of("functional")
-    assert {"state", "backends.native", "compiled_step"} <= imports_of("prox_sgd")
+    assert {"eager_step", "backends.native", "compiled_step"} <= imports_of("prox_sgd")
     assert any(imports_of(module) for module in MODULES if module.startswith("recipe."))
