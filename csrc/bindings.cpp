@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -38,13 +39,14 @@ void assign(T& field, py::handle value) {
 template <typename Struct>
 Struct from_keywords(const py::kwargs& given, bool all_required) {
   Struct made{};
-  py::dict left(**given);
+  std::set<std::string> known;
   Struct::for_each_field([&](const char* name, auto field) {
-    if (!left.contains(name)) {
+    const py::handle value = PyDict_GetItemString(given.ptr(), name);
+    if (!value) {
       if (all_required) throw py::type_error(std::string("missing keyword argument: ") + name);
       return;
     }
-    const py::object value = left.attr("pop")(name);
+    known.insert(name);
     try {
       assign(made.*field, value);
     } catch (const py::cast_error&) {
@@ -52,8 +54,11 @@ Struct from_keywords(const py::kwargs& given, bool all_required) {
                            " is of another type");
     }
   });
-  for (const auto& [name, value] : left) {
-    throw py::type_error("unknown keyword argument: " + std::string(py::str(name)));
+  if (known.size() == given.size()) return made;
+  for (const auto& [name, value] : given) {
+    if (known.count(py::str(name)) == 0) {
+      throw py::type_error("unknown keyword argument: " + std::string(py::str(name)));
+    }
   }
   return made;
 }

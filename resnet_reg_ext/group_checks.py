@@ -31,14 +31,12 @@ def refuse_unknown(keywords: Mapping[str, Any]) -> None:
         raise TypeError(f"ProxSGD() got an unexpected keyword argument {key!r}{remedy}")
 
 
-def check_params(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses parameters of the last group that a step can't be right for.
+def check_params(group: Mapping[str, Any], index: int) -> None:
+    """Refuses parameters of a group that a step can't be right for.
 
     Raises:
-        ValueError: a parameter is lazily negated, listed twice, or shares memory with another.
+        ValueError: a parameter is lazily negated or listed twice.
     """
-    index = len(groups) - 1
-    group = groups[index]
     places: dict[int, int] = {}
     for i, param in enumerate(group["params"]):
         if not torch.nn.parameter.is_lazy(param) and param.is_neg():
@@ -52,6 +50,14 @@ def check_params(groups: Sequence[Mapping[str, Any]]) -> None:
                 f"{parameter_name(group, index, i)}: is the same parameter as "
                 f"{parameter_place(group, index, first)}: list it once"
             )
+
+
+def check_memory(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses parameters that share memory, in whichever groups they are.
+
+    Raises:
+        ValueError: names both parameters.
+    """
     check_no_shared_memory(
         (param, partial(parameter_name, group, g, i))
         for g, group in enumerate(groups)

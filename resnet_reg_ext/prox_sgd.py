@@ -146,7 +146,10 @@ class ProxSGD(Optimizer):
             "track_sparsity": track_sparsity,
         }
         Options.from_group(defaults, "ProxSGD: ")
+        self._constructing = True
         super().__init__(params, defaults)
+        del self._constructing
+        group_checks.check_memory(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, checked first.
@@ -167,7 +170,9 @@ class ProxSGD(Optimizer):
             raise RuntimeError(f"{where}fused=True, but {native.missing}")
         super().add_param_group(group_checks.with_names_apart(param_group))
         try:
-            group_checks.check_params(self.param_groups)
+            group_checks.check_params(self.param_groups[-1], index)
+            if "_constructing" not in self.__dict__:  # else once, of all groups together
+                group_checks.check_memory(self.param_groups)
         except ValueError:
             self.param_groups.pop()
             raise

@@ -173,6 +173,7 @@ def parameter_place(group: Mapping[str, Any], group_index: int, index: int) -> s
 
 
 def _name_of(group: Mapping[str, Any], group_index: int, params: list[Tensor], i: int) -> str:
-    wanted = params[i]
-    index = next(index for index, param in enumerate(group["params"]) if param is wanted)
+    # Another thread may have taken it out of the group since it was collected.
+    places = (index for index, param in enumerate(group["params"]) if param is params[i])
+    index = next(places, i)
     return parameter_name(group, group_index, index)

@@ -142,7 +142,7 @@ def _prepare_split(
         if misfit.layout_only:
             to_lay_out.append(misfit.index)
         else:
-            _check_pure_is_admitted(bucket, fused, misfit)
+            _check_may_be_pure(bucket, fused, misfit)
             to_pure.append(misfit.index)
     taken = set(to_pure)
     to_native = [i for i in range(len(bucket.params)) if i not in taken]
@@ -172,7 +172,7 @@ def _prepare_split(
     return run
 
 
-def _check_pure_is_admitted(bucket: Bucket, fused: bool | None, misfit: Any) -> None:
+def _check_may_be_pure(bucket: Bucket, fused: bool | None, misfit: Any) -> None:
     device = bucket.params[misfit.index].device
     if misfit.shared:
         raise ValueError(

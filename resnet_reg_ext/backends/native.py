@@ -7,7 +7,6 @@ otherwise the same.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import warnings
@@ -114,7 +113,7 @@ def prepare(
 
     ``values`` are read on the parameters' CUDA devices when the kernel runs.
     """
-    native_options = _native_options(options, bucket.first_step)
+    native_options = _C.Options(**vars(options), first_step=bucket.first_step)
     on_devices = {}
     if values:
         for device in {param.device for param in bucket.params}:
@@ -138,11 +137,6 @@ def prepare(
         _C.prox_sgd_(_reader, reading, native_options, torch.get_num_threads(), addresses)
 
     return run
-
-
-@functools.lru_cache
-def _native_options(options: Options, first_step: bool) -> Any:
-    return _C.Options(**vars(options), first_step=first_step)
 
 
 _warned: set[str] = set()

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Source
 from .files import RecipeError, atomic_write
 from .settings import Run, run_from_file
+from .splits import Source
 
 # What Lightning's checkpoints hold beside the weights, to go on training from.
 _TRAINING_STATE = ("optimizer_states", "lr_schedulers", "callbacks", "loops")

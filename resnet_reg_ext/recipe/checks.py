@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from .checkpoints import Checkpoint
-from .data import Images
 from .files import RecipeError
 from .processes import count_processes, launch, with_processes
 from .settings import LARGEST_SEED, Run, check_run, with_absolute_paths
+from .splits import Images
 
 LAYER4_STRIDE = 32  # so many pixels of the image are one in a ResNet-50's last stage
 

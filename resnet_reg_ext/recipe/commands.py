@@ -10,12 +10,12 @@ from pathlib import Path
 
 from . import compare, evaluate
 from .callbacks import Stopped
-from .data import SPLITS
 from .files import RecipeError
 from .options import Parser, add_run_options, config_arguments, run_from
 from .processes import is_rank_zero
 from .results import Result
 from .settings import OPTIONS_FILES, Number, Run, expanded
+from .splits import SPLITS
 from .terminal import escape_what_cannot_be_shown, one_line
 from .train import train
 

@@ -12,10 +12,8 @@ from sklearn.datasets import load_digits
 from .files import RecipeError
 from .folders import class_names, digest, other_classes, same_classes, scan
 from .layouts import Layout, check_class_folders, find_layout, training_folders
-from .loaders import EpochBatches, ImageData, ImageDataset, evaluation_loader
 from .settings import DIGITS, Run
 from .splits import (
-    SPLITS,
     WHOLE,
     Images,
     Source,
@@ -27,23 +25,6 @@ from .splits import (
     subset,
     subsets,
 )
-
-# Those who copy the recipe find everything about images here.
-__all__ = [
-    "SPLITS",
-    "WHOLE",
-    "EpochBatches",
-    "ImageData",
-    "ImageDataset",
-    "Images",
-    "Source",
-    "Split",
-    "default_split",
-    "evaluation_loader",
-    "load_images",
-    "load_split",
-    "spoil_labels",
-]
 
 # 1,797 images. Few are trained on, so that a ResNet-50 overfits within minutes.
 DIGITS_TRAIN_SIZE, DIGITS_TEST_SIZE = 200, 500

@@ -19,11 +19,12 @@ from torchmetrics.functional.classification import (
 
 from ..sparsity import Sparsity
 from . import plots
-from .data import Split, load_split
+from .data import load_split
 from .files import RecipeError, locked, prepare_folder, write_text
 from .model import Classifier, load_classifier, regularised
 from .results import to_json
 from .settings import DIGITS, Run, expanded
+from .splits import Split
 from .train import be_quiet, predict
 
 

@@ -18,9 +18,9 @@ from torchvision.models import resnet50
 
 from .. import ProxSGD, Sparsity, TargetSparsity, param_groups, sparsity
 from .checkpoints import load_checkpoint
-from .data import Source
 from .files import RecipeError
 from .settings import STAGES, Run
+from .splits import Source
 
 
 class Classifier(pl.LightningModule):

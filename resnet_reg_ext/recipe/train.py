@@ -21,12 +21,14 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from .callbacks import Checkpoints, History, Patience, Progress, StopOnSignal, Stopped, WholeFiles
 from .checkpoints import Checkpoint, keep_weights_alone, load_checkpoint
 from .checks import check_images, check_resumable, settled
-from .data import ImageData, Images, Split, evaluation_loader, load_images
+from .data import load_images
 from .files import RecipeError, locked, prepare_folder
+from .loaders import ImageData, evaluation_loader
 from .model import Classifier, regularised
 from .processes import ignored_ranks, is_rank_zero, trainer_processes
 from .results import Result, made_with
 from .settings import DIGITS, OPTIONS_FILES, Run, save_options
+from .splits import Images, Split
 from .weights import load_weights
 
 # Momentum doubles a full checkpoint; the next one is written beside it before the rename.

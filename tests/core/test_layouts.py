@@ -124,6 +124,75 @@ def test_gradient_of_a_sum_through_autograd(fused):
     assert_same(p, q)
 
 
+EXPANDED = {
+    "of a sum": lambda n: torch.tensor(0.3).expand(n, 1),
+    "by columns": lambda n: randn((n, 1), 5).expand(n, 3),
+    "by rows": lambda n: randn((1, 3), 5).expand(n, 3),
+}
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", EXPANDED)
+def test_expanded_gradients_of_all_sizes_are_rounded_once(case, dtype, fused):
+    """torch rounds product and sum apart where strides are 0 and a vector isn't full."""
+    for n in (1, 7, 12, 33, 1000, 5001):
+        grad = EXPANDED[case](n).to(dtype)
+        for options in (FLAT, OPTIONS, {**OPTIONS, "nesterov": True}):
+            p, q = randn(grad.shape, 0, dtype), randn(grad.shape, 0, dtype)
+            m, k = torch.zeros_like(p), torch.zeros_like(q)
+            prox_sgd_([p], [grad], [m], **options, fused=fused)
+            prox_sgd_([q], [grad.contiguous()], [k], **options, fused=True)
+            assert_same(p, q, f"{n}")
+            assert_same(m, k, f"{n}")
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [4096, 4097, 300_000])
+def test_negated_gradients_of_all_sizes_keep_their_sign(size, dtype, fused):
+    """torch's copy to another dtype forgets the sign of a contiguous negated view."""
+    grad = randn((size,), 1, dtype)
+    p, q = randn((size,), 0, dtype), randn((size,), 0, dtype)
+    prox_sgd_([p], [torch._neg_view(grad)], **FLAT, fused=fused)
+    prox_sgd_([q], [-grad], **FLAT, fused=fused)
+    assert_same(p, q)
+
+
+def as_on_cuda(tensor):
+    address, _, _, *rest = native._describe(tensor)
+    return (address, 2, 0, *rest)
+
+
+@pytest.mark.skipif(not native.why_cuda_unusable(0), reason="this build can use the GPU")
+@pytest.mark.parametrize("layout", ["channels_last", "permuted", "contiguous"])
+@pytest.mark.parametrize("which", ["gradient", "momentum"])
+def test_every_parameter_is_stepped_on_a_device_that_the_build_can_not_use(
+    monkeypatch, layout, which
+):
+    """Whatever its layout. The tensors are on the CPU, and described as on a CUDA device."""
+    reader = native._C.TensorReader(None, as_on_cuda, lambda i: 0, torch.Tensor, nn.Parameter)
+    monkeypatch.setattr(native, "_reader", reader)
+    monkeypatch.setattr(native, "warn_unusable_cuda", lambda device: None)
+    start, grad, buffer = (randn(SHAPE, seed) for seed in range(3))
+    results = []
+    for fused in (None, False):
+        params = [start.contiguous(memory_format=torch.channels_last), randn((5,), 3)]
+        grads = [grad.clone(), randn((5,), 4)]
+        buffers = [buffer.clone(), torch.zeros(5)]
+        changed = grads if which == "gradient" else buffers
+        changed[0] = LAYOUTS[layout](changed[0])
+        prox_sgd_(params, grads, buffers, **OPTIONS, fused=fused)
+        assert all((p != q).any() for p, q in zip(params, (start, randn((5,), 3)), strict=True))
+        results.append([*params, *buffers])
+    for a, b in zip(*results, strict=True):
+        assert_same(a, b)
+    p = start.contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="fused=True, but its CUDA device can't be used"):
+        prox_sgd_([p], [grad], lr=0.1, fused=True)
+    assert_same(p, start)
+
+
 @pytest.mark.parametrize("which", ["parameter", "gradient", "momentum", "all"])
 @pytest.mark.parametrize(
     "dtype",

@@ -339,6 +339,20 @@ def test_a_lazily_negated_gradient_is_read_with_its_sign(fused):
     assert_same(p, q)
 
 
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"lr": 0.1, "weight_decay": 0.0}], ids=str)
+def test_an_option_of_minus_zero_after_one_of_zero(options):
+    """They compare equal, but a step with one may give another zero than with the other."""
+    key = next(key for key, value in options.items() if value == 0)
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0])
+    for value in (0.0, -0.0, 0.0):
+        results = []
+        for fused in (True, False):
+            p = values.clone()
+            prox_sgd_([p], [values.flip(0)], **{**options, key: value}, fused=fused)
+            results.append(p)
+        assert_same(*results)
+
+
 def test_narrow_types_are_nearer_the_truth_than_sgd():
     for dtype in (torch.bfloat16, torch.float16):
         generator = torch.Generator().manual_seed(0)

@@ -20,9 +20,10 @@ from test_recipe_runs import SHORT
 
 from resnet_reg_ext import cli
 from resnet_reg_ext.recipe import plots, processes
-from resnet_reg_ext.recipe.data import ImageData, load_images
+from resnet_reg_ext.recipe.data import load_images
 from resnet_reg_ext.recipe.evaluate import evaluate
 from resnet_reg_ext.recipe.files import RecipeError
+from resnet_reg_ext.recipe.loaders import ImageData
 from resnet_reg_ext.recipe.model import Classifier
 from resnet_reg_ext.recipe.results import Result
 from resnet_reg_ext.recipe.settings import Run

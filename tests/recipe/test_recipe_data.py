@@ -9,17 +9,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from resnet_reg_ext.recipe.data import (
-    EpochBatches,
-    ImageDataset,
-    default_split,
-    evaluation_loader,
-    load_images,
-    load_split,
-    spoil_labels,
-)
+from resnet_reg_ext.recipe.data import default_split, load_images, load_split
 from resnet_reg_ext.recipe.files import RecipeError
+from resnet_reg_ext.recipe.loaders import EpochBatches, ImageDataset, evaluation_loader
 from resnet_reg_ext.recipe.settings import Run
+from resnet_reg_ext.recipe.splits import spoil_labels
 
 
 def make_images(folder, classes, count=6, size=12):

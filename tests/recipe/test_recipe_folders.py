@@ -9,8 +9,9 @@ from PIL import Image
 from test_recipe_data import make_images, refused, run_for
 from torchvision.datasets import ImageFolder
 
-from resnet_reg_ext.recipe.data import Run, default_split, load_images, load_split
+from resnet_reg_ext.recipe.data import default_split, load_images, load_split
 from resnet_reg_ext.recipe.files import RecipeError, printable
+from resnet_reg_ext.recipe.settings import Run
 
 CLASSES = ["cat", "dog"]
 

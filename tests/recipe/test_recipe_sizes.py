@@ -12,9 +12,9 @@ from test_recipe_data import make_images, run_for
 from test_recipe_images import NOISE, save, shown
 from torchvision.transforms import v2
 
-from resnet_reg_ext.recipe.data import ImageDataset, load_images
+from resnet_reg_ext.recipe.data import load_images
 from resnet_reg_ext.recipe.images import inspect_image
-from resnet_reg_ext.recipe.loaders import transform
+from resnet_reg_ext.recipe.loaders import ImageDataset, transform
 
 
 def chunk(name, data):

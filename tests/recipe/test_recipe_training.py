@@ -22,7 +22,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from resnet_reg_ext import TargetSparsity, cli
 from resnet_reg_ext.recipe.callbacks import Checkpoints
-from resnet_reg_ext.recipe.data import EpochBatches
+from resnet_reg_ext.recipe.loaders import EpochBatches
 from resnet_reg_ext.recipe.model import Classifier
 from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import be_quiet, train
