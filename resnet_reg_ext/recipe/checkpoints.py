@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import RecipeError, atomic_write
+from ..atomic_write import atomic_write
+from .files import RecipeError
 from .settings import Run, run_from_file
 from .splits import Source
 

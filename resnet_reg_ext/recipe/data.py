@@ -12,14 +12,13 @@ from sklearn.datasets import load_digits
 from .files import RecipeError
 from .folders import class_names, digest, other_classes, same_classes, scan
 from .layouts import Layout, check_class_folders, find_layout, training_folders
-from .settings import DIGITS, Run
+from .settings import DIGITS, Run, option_name
 from .splits import (
     WHOLE,
     Images,
     Source,
     Split,
     check_trainable,
-    option,
     split_in_two,
     spoil_labels,
     subset,
@@ -126,7 +125,7 @@ def _load_folder(root: Path, split: str, layout: Layout, run: Run, classes: Sequ
     size = getattr(run, part) if part else None
     if part is None or size is None or size == len(found):
         return replace(found, name=split)
-    note = f"{size} of {len(found)} images, the same as in training: {option(part)} {size}"
+    note = f"{size} of {len(found)} images, the same as in training: {option_name(part)} {size}"
     kept = subset(found, classes, size, run.seed, part)
     return replace(kept, name=split, notes=(*kept.notes, note))
 

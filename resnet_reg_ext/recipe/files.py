@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 import shutil
 import socket
 import tempfile
@@ -13,25 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from unicodedata import category
 
+from ..atomic_write import atomic_write
+
 LOCK = ".lock"
 
 
 class RecipeError(Exception):
     """Something that the user can put right, in one sentence."""
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a path beside ``path`` to write to; renames it at the end, removes it on an error.
-
-    Each call gives another path: two writers of one file leave the whole file of one of them.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

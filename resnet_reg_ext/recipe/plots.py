@@ -13,7 +13,7 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .files import atomic_write
+from ..atomic_write import atomic_write
 
 if TYPE_CHECKING:
     from .results import Result

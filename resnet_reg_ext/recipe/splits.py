@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from .files import RecipeError
-from .settings import Run
+from .settings import Run, option_name
 
 SPLITS = ("train", "val", "test")
 WHOLE = "all images"
@@ -128,7 +128,9 @@ def subset(split: Split, classes: Sequence[str], size: int | None, seed: int, pa
     if size is None or size == len(split):
         return split
     if size > len(split):
-        raise RecipeError(f"{option(part)} {size} is more than the {len(split)} images there are")
+        raise RecipeError(
+            f"{option_name(part)} {size} is more than the {len(split)} images there are"
+        )
     try:
         first, second = _draw(split, seed, **{part: size})
     except ValueError:  # scikit-learn wants one image of each class in the remainder too
@@ -153,11 +155,6 @@ def check_trainable(train: Split, classes: Sequence[str]) -> None:
             f"none of the {len(train)} training images is of {', '.join(missing)}: give a smaller "
             "--val-fraction or --test-size, a larger --train-size, or more images of the class"
         )
-
-
-def option(name: str) -> str:
-    """The command-line option of a field of ``Run``."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _stratified(labels: Tensor, size: int, seed: int) -> list[int]:
@@ -193,7 +190,7 @@ def _note_lost(before: Split, after: Split, classes: Sequence[str], what: str) -
 def _unsplittable(split: Split, sizes: Mapping[str, Any], why: str) -> str:
     counts = Counter(split.labels.tolist()).values()
     asked = " and ".join(
-        f"{option('val_fraction' if isinstance(value, float) else name)} {value}"
+        f"{option_name('val_fraction' if isinstance(value, float) else name)} {value}"
         for name, value in sizes.items()
     )
     return (

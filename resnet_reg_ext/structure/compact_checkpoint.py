@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ..atomic_write import atomic_write
 from .shortcuts import Shortcut, replace_blocks
 from .surgery import fit_attributes
 
@@ -69,8 +70,7 @@ def save_compact(
         },
         "shortcuts": blocks,
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_write(path) as temporary:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
@@ -79,9 +79,6 @@ def save_compact(
             save_file(tensors, temporary, {_FORMAT: json.dumps(description), "format": "pt"})
         else:
             torch.save({**description, "state_dict": state}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_compact(file: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
