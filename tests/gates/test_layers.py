@@ -15,6 +15,7 @@ LAYERS = [
     {"atomic_write", "options", "scale_invariance"},
     {"backends.bucket"},
     {"backends.checks", "backends.device_values"},
+    {"backends.pure_start", "backends.workspace"},
     {"backends.dtensor", "backends.native", "backends.pure"},
     {"backends.dispatch"},
     {"backends.op", "functional", "sparsity", "state", "tracked_zeros"},
