@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Lasso
+from test_minimiser import TRAJECTORIES as WAYS
 from test_minimiser import (
     gain,
     ill_conditioned,
@@ -16,7 +17,6 @@ from test_minimiser import (
     soft,
     solved_by_fista,
 )
-from test_minimiser import TRAJECTORIES as WAYS
 
 
 @in_every_way

@@ -10,7 +10,7 @@ from reference import assert_same
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
-from resnet_reg_ext import L1Scheduler, ProxSGD, TargetSparsity, _C, sparsity
+from resnet_reg_ext import _C, L1Scheduler, ProxSGD, TargetSparsity, sparsity
 from resnet_reg_ext.functional import prox_sgd_
 
 pytestmark = [pytest.mark.reads_tensors]
