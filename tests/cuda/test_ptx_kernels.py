@@ -240,7 +240,7 @@ def test_every_alignment_of_a_start(dtype):
 def test_more_tensors_than_a_table_holds(dtype):
     tensors = harness.make_tensors([(i * 7) % 13 for i in range(1900)], dtype, seed=4)
     outcome = check("compute_90", dtype, tensors, OPTIONS[4])
-    assert len(outcome.results) == 4  # 581 or so to a table; empty tensors take no place
+    assert len(outcome.results) == 4  # 508 or so to a table; empty tensors take no place
 
 
 @pytest.mark.parametrize("sizes", [[0], [0, 0], [0, 5], [5, 0], [0, 5, 0, 0, 4096, 0]], ids=str)
@@ -338,7 +338,7 @@ def test_small_tables(tmp_path: Path):
     outcome = harness.execute(module, plan, "float32", tensors, OPTIONS[4])
     assert outcome.findings == []
     assert outcome.guards == []
-    assert len(outcome.results) == 4  # 69 tensors to a table
+    assert len(outcome.results) == 5  # 60 tensors to a table
     wanted = harness.expected("float32", tensors, OPTIONS[4], False)
     assert not any(harness.differing(outcome, wanted, "float32").values())
 

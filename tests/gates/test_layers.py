@@ -22,7 +22,7 @@ LAYERS = [
     {"checkpoints", "compiled_step", "eager_step", "group_checks"},
     {"prox_sgd"},
     {"param_groups", "schedules"},
-    {"structure", "target_sparsity"},
+    {"patch", "structure", "target_sparsity"},
     {""},  # resnet_reg_ext itself: the public names
     {"recipe"},
     {"cli"},
