@@ -135,7 +135,7 @@ def test_a_step_that_is_refused_leaves_no_start():
     optimizer = ProxSGD(params, **OPTIONS, toward="start")
     for p in params:
         p.grad = torch.ones_like(p)
-    params[2].grad = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.tensor([1.0]), (70,))
+    params[2].grad = torch.ones(70).to_sparse()
     with pytest.raises(ValueError, match="sparse"):
         optimizer.step()
     assert not optimizer.state

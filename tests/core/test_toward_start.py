@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import reference
@@ -197,7 +199,7 @@ def test_a_count_against_another_start_is_not_believed():
     optimizer = ProxSGD([w], 0.1, l1=0.3, toward="start", track_sparsity=True)
     steps(optimizer, [w], range(3))
     assert w in optimizer._zeros_known()
-    state = optimizer.state_dict()
+    state = copy.deepcopy(optimizer.state_dict())
     state["state"][0]["start"] = w.detach().clone()
     optimizer.load_state_dict(state)
     assert optimizer.sparsity().zeros == 400
@@ -274,7 +276,7 @@ def test_a_start_of_something_else_is_refused_before_anything_changes(start, sai
     kept, there = other.detach().clone(), optimizer.state[w]["start"]
     where = r"param_groups\[0\]\['params'\]\[1\]"
     if said.startswith("start's shape"):  # torch's loading casts other things
-        state = optimizer.state_dict()
+        state = copy.deepcopy(optimizer.state_dict())
         state["state"][1]["start"] = start
         with pytest.raises(ValueError, match=f"{where}: {said}"):
             optimizer.load_state_dict(state)
