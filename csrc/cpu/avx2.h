@@ -61,10 +61,9 @@ PROX_SGD_HD Floats clear_if_zero(Floats p, uint32_t frozen, Floats value) {
 PROX_SGD_HD Floats equal(Floats a, Floats b) {
   return {_mm256_cmp_ps(a.low, b.low, _CMP_EQ_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_EQ_OQ)};
 }
-PROX_SGD_HD Floats choose_where_equal(Floats a, Floats b, uint32_t mask, Floats x, Floats y) {
-  const Floats chosen = keep(equal(a, b), mask);
-  return {_mm256_blendv_ps(y.low, x.low, chosen.low),
-          _mm256_blendv_ps(y.high, x.high, chosen.high)};
+PROX_SGD_HD Floats equal(Floats a, Floats b, uint32_t mask) { return keep(equal(a, b), mask); }
+PROX_SGD_HD Floats choose(Floats there, Floats x, Floats y) {
+  return {_mm256_blendv_ps(y.low, x.low, there.low), _mm256_blendv_ps(y.high, x.high, there.high)};
 }
 
 PROX_SGD_HD Coefficients<Floats> broadcast(const Coefficients<float>& c) {

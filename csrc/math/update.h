@@ -145,11 +145,12 @@ PROX_SGD_HD void update(const Coefficients<C>& c, MomentumMode mode, UpdateForm 
 template <typename C>
 PROX_SGD_HD void update_towards(C start, const Coefficients<C>& c, MomentumMode mode,
                                 UpdateForm form, C& p, C g, C& m) {
+  const auto stays = equal(p, start, c.frozen_zeros);
   const C v = descend(c, mode, form, p, sub_(p, start), g, m);
-  C moved = soft_threshold_towards(start, v, c.threshold, c.shrink_mask);
+  C moved = soft_threshold_towards(start, v, c.threshold);
   if (form == UpdateForm::general) {
     moved = scale_towards(start, moved, c.scale);
-    moved = choose_where_equal(p, start, c.frozen_zeros, start, moved);
+    moved = choose(stays, start, moved);
   }
   p = moved;
 }
