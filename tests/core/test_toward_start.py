@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from reference import assert_same
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
-from resnet_reg_ext import _C, L1Scheduler, ProxSGD, TargetSparsity, param_groups, sparsity
+from resnet_reg_ext import _C, L1Scheduler, ProxSGD, TargetSparsity, sparsity
 from resnet_reg_ext.functional import prox_sgd_
 
 pytestmark = [pytest.mark.reads_tensors]
@@ -320,41 +319,3 @@ def test_no_state_is_kept_but_the_start():
     assert set(optimizer.state[plain]) == {"momentum_buffer", "start"}
     assert optimizer.state[plain]["start"].nbytes == plain.nbytes
     assert np.isfinite(reference.values(w)).all()
-
-
-def pretrained_net():
-    return nn.Sequential(
-        OrderedDict(
-            [("conv", nn.Conv2d(3, 4, 3)), ("bn", nn.BatchNorm2d(4)), ("fc", nn.Linear(4, 2))]
-        )
-    )
-
-
-def test_param_groups_pull_pretrained_weights_to_the_start_and_new_ones_to_zero():
-    groups = param_groups(pretrained_net(), toward="start", new="fc.*", l1=0.1, weight_decay=0.2)
-    optimizer = ProxSGD(groups)
-    names = {
-        (g["toward"], g["l1"], g["weight_decay"]): g["param_names"] for g in optimizer.param_groups
-    }
-    assert names == {
-        ("start", 0.1, 0.2): ["conv.weight"],
-        ("zero", 0.1, 0.2): ["fc.weight"],
-        ("zero", 0.0, 0.0): ["conv.bias", "bn.weight", "bn.bias", "fc.bias"],
-    }
-    assert [g["l1"] for g in groups] == [0.1, 0.1, 0.0]  # the regularised ones first, as without
-    for plain in param_groups(pretrained_net()):
-        assert "toward" not in plain
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({"new": "fc.*"}, "new is 'fc.\\*' with toward='zero'.*needs toward='start'"),
-        ({"toward": "start", "new": "head.*"}, "new matches no parameter: \\['head.\\*'\\]"),
-        ({"toward": "here"}, "param_groups: toward is 'here': must be one of"),
-    ],
-    ids=["new without start", "no match", "another target"],
-)
-def test_param_groups_refuse(arguments, said):
-    with pytest.raises(ValueError, match=said):
-        param_groups(pretrained_net(), **arguments)
