@@ -27,6 +27,7 @@ class Baseline:
         method: one sentence on how the step is done.
         make: makes the step from a problem.
         l1: whether the step shrinks the weights.
+        start: whether the penalties are of the distance from the first values.
         checked_steps: steps that are compared with the reference before the row is timed; 0 for
             another method.
         varying: whether lr changes at every step.
@@ -41,6 +42,7 @@ class Baseline:
     method: str
     make: Callable[[Problem], Step]
     l1: bool = True
+    start: bool = False
     checked_steps: int = STEPS_CHECKED
     varying: bool = False
     changes_grads: bool = False
@@ -81,6 +83,15 @@ BASELINES = {
             "track_sparsity=True: exact zeros of each tensor are counted in the same pass",
             steps.native_counting_zeros,
             option={"track_sparsity": True},
+        ),
+        Baseline(
+            "prox_start",
+            "ProxSGD, native, towards the start",
+            'toward="start": L1 and weight decay of the distance from the first values, in the '
+            "same pass; 24 bytes an element",
+            steps.native_towards_start,
+            start=True,
+            option={"toward": "start"},
         ),
         Baseline(
             "pure",
@@ -125,6 +136,17 @@ BASELINES = {
             changes_grads=True,
         ),
         Baseline(
+            "start_loss",
+            "L2 towards the start as a loss term + SGD(fused)",
+            "½·weight_decay·‖w - start‖² through autograd, without L1; the penalty's forward and "
+            "backward are counted, and add to the gradients at every step",
+            steps.start_loss,
+            l1=False,
+            start=True,
+            checked_steps=1,
+            changes_grads=True,
+        ),
+        Baseline(
             "compile_tensor",
             "torch.compile(SGD + soft-threshold), tensor lr",
             "optimizer.step() and the threshold in one compiled function; lr is a tensor that "
@@ -145,6 +167,14 @@ BASELINES = {
             "momentum, weight decay and threshold written out so that one graph holds them all; lr "
             "is a tensor that changes at every step",
             steps.compiled_whole,
+            varying=True,
+        ),
+        Baseline(
+            "compile_start",
+            "torch.compile(SGD + soft-threshold towards the start by hand), tensor lr",
+            "the row before with the distance from the first values",
+            steps.compiled_start,
+            start=True,
             varying=True,
         ),
         Baseline(
@@ -170,4 +200,4 @@ BASELINES = {
         ),
     )
 }
-COMPILED = ("compile_tensor", "compile_float", "compile_whole")
+COMPILED = ("compile_tensor", "compile_float", "compile_whole", "compile_start")

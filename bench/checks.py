@@ -24,15 +24,19 @@ TOLERANCES = {
 
 
 def reference(
-    value: Tensor, grad: Tensor, problem: Problem, l1: float, rates: Sequence[float]
+    value: Tensor, grad: Tensor, problem: Problem, l1: float, rates: Sequence[float], start: bool
 ) -> Tensor:
-    """Values after a step for each of ``rates``, in float64: momentum, then the proximal map."""
+    """Values after a step for each of ``rates``, in float64: momentum, then the proximal map.
+
+    ``start``: the penalties are of the distance from ``value``.
+    """
     p, g = value.double(), grad.double()
+    towards = p if start else torch.zeros_like(p)
     m = torch.zeros_like(p)
     for lr in rates:
-        m = problem.momentum * m + g + problem.weight_decay * p
-        p = p - lr * m
-        p = p.sign() * (p.abs() - lr * l1 * problem.k).clamp_min(0)
+        m = problem.momentum * m + g + problem.weight_decay * (p - towards)
+        u = p - lr * m - towards
+        p = towards + u.sign() * (u.abs() - lr * l1 * problem.k).clamp_min(0)
     return p
 
 
@@ -76,9 +80,11 @@ class Checker:
         rates = tuple(
             itertools.islice(learning_rates(problem, baseline.varying), baseline.checked_steps)
         )
-        key = (l1, problem.momentum, *rates)
+        key = (baseline.start, l1, problem.momentum, *rates)
         if key not in self._references:
-            self._references[key] = reference(self._values, self._grads, problem, l1, rates)
+            self._references[key] = reference(
+                self._values, self._grads, problem, l1, rates, baseline.start
+            )
         expected = self._references[key]
         sample = self._sample(problem.params)
         relative, absolute = baseline.tolerance or TOLERANCES[sample.dtype]

@@ -93,6 +93,10 @@ def native_counting_zeros(problem: Problem) -> Step:
     return problem.prox_sgd(problem.l1, fused=True, track_sparsity=True)
 
 
+def native_towards_start(problem: Problem) -> Step:
+    return problem.prox_sgd(problem.l1, fused=True, toward="start")
+
+
 def switched(step: Step, options: dict[str, Any]) -> Step:
     """The step of the same optimizer on the same tensors, with other options during the step."""
     optimizer: torch.optim.Optimizer = step.__self__  # type: ignore[attr-defined]
@@ -198,6 +202,22 @@ def l1_loss(problem: Problem) -> Step:
     return step
 
 
+def start_loss(problem: Problem) -> Step:
+    """The usual code of L2-SP: the penalty is a term of the loss."""
+    sgd = torch.optim.SGD(problem.params, lr=problem.lr, momentum=problem.momentum, fused=True)
+    starts = [p.detach().clone() for p in problem.params]
+
+    def step() -> None:
+        squares = [
+            (p - start).square().sum() for p, start in zip(problem.params, starts, strict=True)
+        ]
+        penalty = 0.5 * problem.weight_decay * torch.stack(squares).sum()
+        penalty.backward()  # type: ignore[no-untyped-call]
+        sgd.step()
+
+    return step
+
+
 def _compiled(step: Callable[..., None], *arguments: Tensor, whole: bool = False) -> Step:
     """Compiles a step and runs it once; ``whole`` refuses a graph break."""
     compiled = torch.compile(step, fullgraph=whole)
@@ -251,6 +271,24 @@ def compiled_whole(problem: Problem) -> Step:
                 m.mul_(momentum).add_(g).add_(p, alpha=weight_decay)
                 v = p - lr * m
                 p.copy_(v.sign() * (v.abs() - threshold).clamp_min(0))
+
+    return _with_changing_lr(problem, lr, _compiled(step, lr, whole=True))
+
+
+def compiled_start(problem: Problem) -> Step:
+    lr = torch.tensor(problem.lr, device=problem.params[0].device)
+    momentum, weight_decay = problem.momentum, problem.weight_decay
+    factor = problem.l1 * problem.k
+    rows = [(p, p.grad, torch.zeros_like(p), p.detach().clone()) for p in problem.params]
+
+    def step(lr: Tensor) -> None:
+        with torch.no_grad():
+            threshold = lr * factor
+            for p, g, m, start in rows:
+                assert g is not None
+                m.mul_(momentum).add_(g).add_(p - start, alpha=weight_decay)
+                u = p - lr * m - start
+                p.copy_(start + u.sign() * (u.abs() - threshold).clamp_min(0))
 
     return _with_changing_lr(problem, lr, _compiled(step, lr, whole=True))
 

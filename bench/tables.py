@@ -176,6 +176,9 @@ def _add_times(
         ("pure", "foreach_threshold"),
         ("prox_bfloat16_momentum", OURS),
         ("prox_track_sparsity", OURS),
+        ("prox_start", OURS),
+        ("prox_start", "start_loss"),
+        ("prox_start", "compile_start"),
     ):
         if key in samples and over in samples:
             ratios[f"{key}/{over}"] = samples.ratio(key, over)

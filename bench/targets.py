@@ -88,6 +88,12 @@ TARGETS = (
         _ratio("prox_bfloat16_momentum/prox"),
     ),
     Target("zeros counted over not counted", 1.03, _ratio("prox_track_sparsity/prox")),
+    Target("towards the start over towards zero", 1.30, _ratio("prox_start/prox")),
+    Target(
+        "towards the start over SGD(fused) + loss term through autograd",
+        0.35,
+        _ratio("prox_start/start_loss"),
+    ),
     Target("peak extra memory of a step", 1.0, _memory, unit="MiB"),
 )
 

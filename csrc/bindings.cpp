@@ -153,14 +153,21 @@ void run(const TensorReader& reader, const Reading& reading, const Options& opti
 using Row = std::tuple<Address, Address, Address, Address, Address, int64_t>;
 
 py::list plan_cuda(const std::string& storage, const std::vector<Row>& rows, const Options& options,
-                   const cuda::DeviceValues& device_values, int64_t capacity) {
+                   const cuda::DeviceValues& device_values, int64_t capacity,
+                   const std::vector<Address>& starts) {
   std::vector<Operands> operands;
   operands.reserve(rows.size());
+  if (!starts.empty() && starts.size() != rows.size()) {
+    throw std::invalid_argument("starts must be one a row, or none");
+  }
+  const auto start_of = [&](size_t row) {
+    return starts.empty() ? nullptr : reinterpret_cast<const void*>(starts[row]);
+  };
   for (const auto& [param, grad, momentum_buffer, master_param, num_zeros, numel] : rows) {
     if (numel < 0) throw std::invalid_argument("numel must not be negative");
     operands.push_back({reinterpret_cast<void*>(param), reinterpret_cast<const void*>(grad),
                         reinterpret_cast<void*>(momentum_buffer),
-                        reinterpret_cast<void*>(master_param), numel,
+                        reinterpret_cast<void*>(master_param), start_of(operands.size()), numel,
                         reinterpret_cast<int64_t*>(num_zeros)});
   }
   py::list launches;
@@ -223,12 +230,13 @@ void bind_reader(py::module_& m) {
           "read",
           [](const TensorReader& reader, const py::list& params, const py::list& grads,
              const std::optional<py::list>& momentum_buffers,
-             const std::optional<py::list>& master_params, Address num_zeros) {
-            return reader.read(params, grads, momentum_buffers, master_params,
+             const std::optional<py::list>& master_params, Address num_zeros,
+             const std::optional<py::list>& starts) {
+            return reader.read(params, grads, momentum_buffers, master_params, starts,
                                reinterpret_cast<int64_t*>(num_zeros));
           },
           py::arg("params"), py::arg("grads"), py::arg("momentum_buffers").none(true),
-          py::arg("master_params").none(true), py::arg("num_zeros"),
+          py::arg("master_params").none(true), py::arg("num_zeros"), py::arg("starts") = py::none(),
           "`num_zeros`: the address of an int64 counter a parameter, on the parameters' one "
           "device; 0 counts nothing.");
 }
@@ -255,9 +263,10 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("plan_prox_sgd_cuda", &plan_cuda, py::arg("storage"), py::arg("rows"), py::arg("options"),
         py::arg("device_values") = cuda::DeviceValues{}, py::arg("capacity") = 0,
+        py::arg("starts") = std::vector<Address>{},
         "The launches for rows of (addresses of parameter, gradient, momentum buffer, master, zero "
-        "counter; elements): kernel, grid, block and parameter bytes of each. Needs no GPU and no "
-        "CUDA build.");
+        "counter; elements): kernel, grid, block and parameter bytes of each. `starts`: an address "
+        "a row where the step is towards them. Needs no GPU and no CUDA build.");
 
   m.attr("storages") = [] {
     py::list names;

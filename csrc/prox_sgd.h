@@ -21,8 +21,12 @@ struct Operands {
   const void* grad;
   void* momentum_buffer;  // null where MomentumMode is none
   void* master_param;     // null for a storage without a master
+  const void* start;      // what the penalties pull towards, stored as the master or else as the
+                          // parameter; null: zero. All or none of the parameters of one call.
   int64_t numel;
-  int64_t* num_zeros;  // the zeros of the new parameter are added to it; null: not counted
+  // The zeros of the new parameter are added to it, or with a start what equals it; null: not
+  // counted.
+  int64_t* num_zeros;
 };
 
 // A parameter group's options as the user gives them.
@@ -35,7 +39,7 @@ struct Options {
   bool nesterov;
   bool maximize;
   bool proximal;           // l2_mode="proximal"; otherwise "coupled"
-  bool frozen_zeros;       // zeros stay 0, and l1 is not applied
+  bool frozen_zeros;       // what is 0, or at its start, stays, and l1 is not applied
   float grad_scale;        // gradients are divided by it (AMP),
   float grad_coefficient;  // and then multiplied by this (clipping)
   bool first_step;         // the momentum buffers hold nothing yet
@@ -110,6 +114,7 @@ struct DeviceValues {
 
 struct Launch {
   std::string kernel;  // its name in the PTX
+  bool towards_start;  // which of the storage's two kernels it is
   uint32_t grid;
   uint32_t block;
   std::vector<unsigned char> parameters;  // the kernel's one parameter, byte for byte

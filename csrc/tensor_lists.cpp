@@ -12,7 +12,7 @@ namespace prox_sgd {
 
 namespace {
 
-enum Role : size_t { kParam, kGrad, kMomentumBuffer, kMasterParam, kRoles };
+enum Role : size_t { kParam, kGrad, kMomentumBuffer, kMasterParam, kStart, kRoles };
 
 // The tensors of one parameter, null where there is none, with their descriptions.
 struct Row {
@@ -77,7 +77,10 @@ Reason compare(const Row& row, cpu::Simd simd, Storage* storage, Operands* out) 
                   storage)) {
     return Reason::mixed;
   }
-  *out = {data[kParam], data[kGrad], data[kMomentumBuffer], data[kMasterParam], p.numel(), nullptr};
+  const Role weight = row.tensors[kMasterParam] ? kMasterParam : kParam;
+  if (row.tensors[kStart] && dtypes[kStart] != dtypes[weight]) return Reason::mixed;
+  *out = {data[kParam], data[kGrad], data[kMomentumBuffer], data[kMasterParam], data[kStart],
+          p.numel(),    nullptr};
   if (out->numel == 0) return Reason::fits;
   if (!p.is_dense()) return Reason::not_dense;
   if (!has_memory) return Reason::unreadable;
@@ -99,7 +102,8 @@ std::string in_words(Reason reason, cpu::Simd simd) {
     case Reason::dtype:
       return "its dtype is none of float32, float64, bfloat16 and float16";
     case Reason::mixed:
-      return "its gradient, momentum buffer or master weight has another shape, device or dtype";
+      return "its gradient, momentum buffer, master weight or start has another shape, device or "
+             "dtype";
     case Reason::not_dense:
       return "it is not dense: it has gaps, overlaps or repeats in memory";
     case Reason::shared:
@@ -109,7 +113,7 @@ std::string in_words(Reason reason, cpu::Simd simd) {
     case Reason::no_cpu:
       return cpu::why_unusable(simd);
     default:
-      return "its gradient, momentum buffer or master weight has another memory layout";
+      return "its gradient, momentum buffer, master weight or start has another memory layout";
   }
 }
 
@@ -177,13 +181,14 @@ bool TensorReader::is_plain(py::handle tensor) const {
 
 Reading TensorReader::read(const py::list& params, const py::list& grads,
                            const std::optional<py::list>& momentum_buffers,
-                           const std::optional<py::list>& master_params, int64_t* num_zeros) const {
+                           const std::optional<py::list>& master_params,
+                           const std::optional<py::list>& starts, int64_t* num_zeros) const {
   Reading reading;
   const cpu::Simd simd = cpu::simd_level();  // which another thread may set
   std::array<py::handle, kRoles> columns;
   const std::array<const py::list*, kRoles> given = {
       &params, &grads, momentum_buffers ? &*momentum_buffers : nullptr,
-      master_params ? &*master_params : nullptr};
+      master_params ? &*master_params : nullptr, starts ? &*starts : nullptr};
   for (size_t role = 0; role < kRoles; ++role) {
     if (given[role] == nullptr) continue;
     // A copy: describing a tensor may run Python code that changes the caller's lists.

@@ -59,13 +59,14 @@ class TensorReader {
 
   const TensorDescriber& describer() const { return describer_; }
 
-  // Reads params[i] with grads[i] and, unless they are None, momentum_buffers[i] and
-  // master_params[i]. `num_zeros`: an array of counters, one a parameter, or null. A parameter that
-  // the kernels can't take is in `rejections`; an empty one is in no batch. Throws
+  // Reads params[i] with grads[i] and, unless they are None, momentum_buffers[i],
+  // master_params[i] and starts[i]. `num_zeros`: an array of counters, one a parameter, or null. A
+  // parameter that the kernels can't take is in `rejections`; an empty one is in no batch. Throws
   // std::invalid_argument unless the lists have one length; nothing is raised for a tensor.
   Reading read(const pybind11::list& params, const pybind11::list& grads,
                const std::optional<pybind11::list>& momentum_buffers,
-               const std::optional<pybind11::list>& master_params, int64_t* num_zeros) const;
+               const std::optional<pybind11::list>& master_params,
+               const std::optional<pybind11::list>& starts, int64_t* num_zeros) const;
 
  private:
   bool is_plain(pybind11::handle tensor) const;

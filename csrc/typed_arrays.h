@@ -12,6 +12,7 @@ struct TypedArrays {
   const typename T::Grad* grad;
   typename T::MomentumBuffer* momentum_buffer;  // not to be used without momentum
   typename T::Weight* weight;
+  const typename T::Weight* start;  // null where the step is towards zero
 };
 
 // The arrays from element `begin` on, which is 0 where an array is null; T is a TypesOf<...>.
@@ -21,7 +22,8 @@ PROX_SGD_HD TypedArrays<T> arrays_from(const Operands& o, int64_t begin) {
   return {static_cast<typename T::Param*>(o.param) + begin,
           static_cast<const typename T::Grad*>(o.grad) + begin,
           static_cast<typename T::MomentumBuffer*>(o.momentum_buffer) + begin,
-          static_cast<typename T::Weight*>(weight) + begin};
+          static_cast<typename T::Weight*>(weight) + begin,
+          o.start == nullptr ? nullptr : static_cast<const typename T::Weight*>(o.start) + begin};
 }
 
 }  // namespace prox_sgd

@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from . import functional
 from .param_groups import param_groups
+from .patch import apply_patch, save_patch
 from .prox_sgd import ProxSGD
 from .schedules import L1Scheduler
 from .sparsity import LayerSparsity, Sparsity, sparsity
@@ -25,6 +26,7 @@ __all__ = [
     "ProxSGD",
     "Sparsity",
     "TargetSparsity",
+    "apply_patch",
     "channels",
     "compact",
     "functional",
@@ -33,6 +35,7 @@ __all__ = [
     "param_groups",
     "remove",
     "save_compact",
+    "save_patch",
     "sparsity",
     "zero_dead_columns",
 ]

@@ -12,7 +12,14 @@ from torch import Tensor
 from .backends import dtensor
 from .backends.checks import check_state
 from .options import HOW_TO_COMPUTE
-from .state import MASTER_WEIGHT, MOMENTUM_BUFFER, momentum_dtype_of, parameter_name
+from .state import (
+    MASTER_WEIGHT,
+    MOMENTUM_BUFFER,
+    START,
+    momentum_dtype_of,
+    parameter_name,
+    start_dtype_of,
+)
 
 _State = Mapping[Tensor, dict[str, Any]]
 
@@ -68,7 +75,7 @@ def check_state_of(group: Mapping[str, Any], index: int, state: _State) -> None:
     """
     for i, param in enumerate(group["params"]):
         for key, value in state.get(param, {}).items():
-            if key in (MOMENTUM_BUFFER, MASTER_WEIGHT) and value is not None:
+            if key in (MOMENTUM_BUFFER, MASTER_WEIGHT, START) and value is not None:
                 check_state(param, value, key, partial(parameter_name, group, index, i))
                 dtensor.check_alike(param, value, key, parameter_name(group, index, i))
 
@@ -101,7 +108,11 @@ def restore_dtypes(
             # In another dtype it has passed through another optimizer, which has trained the
             # parameter and left this as it was: the next step makes a new one.
             del of_param[MASTER_WEIGHT]
-        dtypes = {MOMENTUM_BUFFER: momentum_dtype_of(group, param), MASTER_WEIGHT: torch.float32}
+        dtypes = {
+            MOMENTUM_BUFFER: momentum_dtype_of(group, param),
+            MASTER_WEIGHT: torch.float32,
+            START: start_dtype_of(group, param),
+        }
         for key, dtype in dtypes.items():
             if of_param.get(key) is not None and of_param[key].dtype is not dtype:
                 of_param[key] = original[key].to(param.device, dtype, copy=True)

@@ -17,6 +17,7 @@ _RECIPE = {
     "compare": "the same training under none, L2, L1 and elastic net, and a verdict",
     "path": "accuracy, gap and sparsity against the strength of L1",
     "evaluate": "what a checkpoint does: accuracy by class, confusion, features, sparsity",
+    "patch": "a fine-tuned checkpoint as a patch of its initial weights, and back",
 }
 
 

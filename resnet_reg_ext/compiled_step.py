@@ -21,7 +21,7 @@ from .backends.op import prox_sgd_step
 from .options import to_number
 
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "l1", "initial_lr", "initial_l1")
-_CHOICES = ("nesterov", "l2_mode", "maximize", "frozen_zeros", "fused", "capturable")
+_CHOICES = ("nesterov", "l2_mode", "maximize", "frozen_zeros", "fused", "capturable", "toward")
 NOT_IN_A_GRAPH = ""
 """What :func:`init_group` returns where the step must be taken outside the graph."""
 
@@ -34,10 +34,11 @@ def init_group(
     grads: list[Tensor],
     momentum_buffers: list[Tensor | None],
     master_params: list[Tensor | None],
+    starts: list[Tensor | None],
 ) -> str:
     """Fills the lists with a group's tensors; returns its part of the operator's plan.
 
-    ``momentum_buffers`` and ``master_params`` get None for what doesn't exist yet.
+    ``momentum_buffers``, ``master_params`` and ``starts`` get None for what doesn't exist yet.
     """
     if dtensor.has_dtensors(group["params"]):
         return NOT_IN_A_GRAPH
@@ -51,12 +52,14 @@ def init_group(
         grads += bucket.grads
         momentum_buffers += bucket.momentum_buffers or []
         master_params += bucket.master_params or []
+        starts += bucket.starts or []
         described.append(
             {
                 "names": [bucket.name(i) for i in range(len(bucket.params))],
                 "first_step": bucket.first_step,
                 "momentum": momentum,
                 "master": bucket.master_params is not None,
+                "start": bucket.starts is not None,
             }
         )
     in_graph = [key for key in _NUMBERS if key in group and _is_in_graph(group[key])]
@@ -98,37 +101,58 @@ def _outside(optimizer: Any, grad_coefficient: Tensor | None) -> None:
     optimizer._step(grad_coefficient)
 
 
+def _create_missing(
+    group: dict[str, Any],
+    params: list[Tensor],
+    buffers: list[Any],
+    masters: list[Any],
+    starts: list[Any],
+) -> list[tuple[Tensor, str, Tensor]]:
+    """Fills in the state that is None, in the graph; returns it as (parameter, key, value)."""
+    new: list[tuple[Tensor, str, Tensor]] = []
+    for i in range(len(buffers)):
+        if buffers[i] is None:
+            buffers[i] = state.new_momentum_buffer(group, params[i])
+            new.append((params[i], state.MOMENTUM_BUFFER, buffers[i]))
+    with_master = [i for i, p in enumerate(params) if state.has_master(group, p)]
+    of_param: list[Tensor | None] = [None for _ in params]
+    for i in range(len(masters)):
+        at = with_master[i]
+        if masters[i] is None:
+            masters[i] = state.new_master(group, params[at])
+            new.append((params[at], state.MASTER_WEIGHT, masters[i]))
+        of_param[at] = masters[i]
+    for i in range(len(starts)):
+        if starts[i] is None:
+            starts[i] = state.new_start(params[i], of_param[i])
+            new.append((params[i], state.START, starts[i]))
+    return new
+
+
 @torch.no_grad()
 def step(optimizer: Any, values: DeviceValues) -> None:
     """What torch.compile sees of a step."""
     parts: list[str] = []
-    every: tuple[list[Any], ...] = ([], [], [], [], [])
+    every: tuple[list[Any], ...] = ([], [], [], [], [], [])
     new: list[tuple[Tensor, str, Tensor]] = []
     for index, group in enumerate(optimizer.param_groups):
         params: list[Any] = []
         grads: list[Any] = []
         buffers: list[Any] = []
         masters: list[Any] = []
-        part = optimizer._init_group(group, index, params, grads, buffers, masters)
+        starts: list[Any] = []
+        part = optimizer._init_group(group, index, params, grads, buffers, masters, starts)
         if part == NOT_IN_A_GRAPH:
             _outside(optimizer, values.grad_coefficient)
             return
         parts.append(part)
-        for i in range(len(buffers)):
-            if buffers[i] is None:
-                buffers[i] = state.new_momentum_buffer(group, params[i])
-                new.append((params[i], state.MOMENTUM_BUFFER, buffers[i]))
-        with_master = [p for p in params if state.has_master(group, p)]
-        for i in range(len(masters)):
-            if masters[i] is None:
-                masters[i] = state.new_master(group, with_master[i])
-                new.append((with_master[i], state.MASTER_WEIGHT, masters[i]))
+        new += _create_missing(group, params, buffers, masters, starts)
         # What was collected depends on it, so it must be guarded.
         if not isinstance(group["momentum"], Tensor) and group["momentum"] == 0:
             assert not buffers
         tensors = _tensors_of(group)
         for all_of_them, of_group in zip(
-            every, (params, grads, buffers, masters, tensors), strict=True
+            every, (params, grads, buffers, masters, starts, tensors), strict=True
         ):
             all_of_them.extend(of_group)
     if new and values.found_inf is not None:

@@ -51,7 +51,7 @@ def step(optimizer: Optimizer, grad_coefficient: float | Tensor | None) -> list[
     for bucket, _ in prepared:
         state.commit(bucket, optimizer.state)
     return [
-        TrackedZeros(bucket.params, bucket.num_zeros, values.found_inf).stamped()
+        TrackedZeros(bucket.params, bucket.starts, bucket.num_zeros, values.found_inf).stamped()
         for bucket, _ in prepared
         if bucket.num_zeros is not None
     ]

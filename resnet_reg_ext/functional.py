@@ -82,6 +82,7 @@ def prox_sgd_(
     maximize: bool = False,
     first_step: bool = False,
     master_weights: Sequence[Tensor] | None = None,
+    starts: Sequence[Tensor] | None = None,
     frozen_zeros: bool = False,
     fused: bool | None = None,
 ) -> None:
@@ -116,7 +117,10 @@ def prox_sgd_(
         first_step: the buffers hold nothing yet and are only written.
         master_weights: float32 copies of bfloat16 or float16 parameters. The update is made on
             them, and the parameters become what they round to.
-        frozen_zeros: weights that are 0 stay 0, and ``l1`` is not applied.
+        starts: what the penalties pull towards instead of zero, as with ``toward="start"`` of
+            :class:`resnet_reg_ext.ProxSGD`: one for each parameter, of its shape; not changed. The
+            native kernels take those of the dtype that the step updates.
+        frozen_zeros: weights that are 0, or at their start, stay there; ``l1`` is not applied.
         fused: None takes the native kernels for the tensors that they can take and pure PyTorch for
             the others; True raises where they can't; False takes pure PyTorch.
 
@@ -147,6 +151,7 @@ def prox_sgd_(
         momentum_buffers=None if buffers is None else list(buffers),
         master_params=None if master_weights is None else list(master_weights),
         first_step=first_step,
+        starts=None if starts is None else list(starts),
         name="params[{}]".format,
     )
     for name, tensors in (
@@ -154,6 +159,7 @@ def prox_sgd_(
         ("grads", bucket.grads),
         ("momentum_buffers", bucket.momentum_buffers),
         ("master_weights", bucket.master_params),
+        ("starts", bucket.starts),
     ):
         if tensors is not None and len(tensors) != len(bucket.params):
             raise ValueError(f"{len(bucket.params)} params, but {len(tensors)} {name}")

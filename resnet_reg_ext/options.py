@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 L2_MODES = ("coupled", "proximal")
+TOWARD = ("zero", "start")
 MOMENTUM_DTYPES = (None, torch.float32, torch.bfloat16)
 # Options that say how to compute, not what: a checkpoint doesn't change them.
 HOW_TO_COMPUTE = ("fused", "capturable", "master_weights", "momentum_dtype", "track_sparsity")
@@ -111,6 +112,7 @@ class Options:
 def _check_choices(group: Mapping[str, Any], where: str) -> None:
     if group["l2_mode"] not in L2_MODES:
         raise ValueError(f"{where}l2_mode is {group['l2_mode']!r}: must be one of {L2_MODES}")
+    check_toward(group.get("toward", "zero"), where)
     if group["fused"] is not None and not isinstance(group["fused"], bool):
         raise ValueError(f"{where}fused is {group['fused']!r}: must be None, True or False")
     if group.get("momentum_dtype") not in MOMENTUM_DTYPES:
@@ -118,6 +120,16 @@ def _check_choices(group: Mapping[str, Any], where: str) -> None:
             f"{where}momentum_dtype is {group['momentum_dtype']!r}: must be None, torch.float32 or "
             "torch.bfloat16"
         )
+
+
+def check_toward(toward: Any, where: str) -> None:
+    """Refuses an option ``toward`` that is none.
+
+    Raises:
+        ValueError: gives the value; begins with ``where``.
+    """
+    if toward not in TOWARD:
+        raise ValueError(f"{where}toward is {toward!r}: must be one of {TOWARD}")
 
 
 def _number(

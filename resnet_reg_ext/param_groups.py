@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .options import check_toward
 from .scale_invariance import scale_invariant_parameters
 
 # Layers whose "weight" is a weight whatever its shape, as of a layer with one output.
@@ -36,6 +37,8 @@ def param_groups(
     weight_decay: float = 1e-4,
     exclude: str | Sequence[str] = (),
     include: str | Sequence[str] = (),
+    toward: str = "zero",
+    new: str | Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     r"""Splits a model's parameters into a regularised and an unregularised group.
 
@@ -56,6 +59,10 @@ def param_groups(
 
     ``include`` names parameters that are regularised in spite of all this, but for ``exclude``.
 
+    To fine-tune a pretrained model, ``toward="start"`` pulls its weights towards where training
+    starts instead of towards zero. Weights of layers that are new, and start at random, are to be
+    named by ``new``: they are pulled towards zero, in a group of their own.
+
     Never regularised is a parameter whose length a parametrization divides out, such as the
     direction v of weight normalisation, g·v/\|v\|, or the weight below spectral normalisation: v
     would come to exactly 0, and the weight to 0/0. Weight normalisation's magnitude g stands for
@@ -73,13 +80,17 @@ def param_groups(
         weight_decay: coefficient for the regularised group.
         exclude: a shell-style pattern of full parameter names, such as ``"fc.*"``, or several.
         include: the same, for parameters to regularise that would not be.
+        toward: the regularised group's option: ``"zero"`` or ``"start"``.
+        new: the same as ``exclude``, for parameters that aren't pretrained; with
+            ``toward="start"`` only.
 
     Returns:
-        One or two groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
+        One to three groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: the model has no parameters, or a pattern matches none of their names.
+        ValueError: the model has no parameters, a pattern matches none of their names, or
+            ``toward`` is neither of the two, or ``"zero"`` with ``new``.
 
     Warns:
         UserWarning: a parametrization can't be tried out; its parameters are told by name and
@@ -87,15 +98,24 @@ def param_groups(
 
     Example:
         >>> optimizer = ProxSGD(param_groups(model, l1=1e-5, weight_decay=1e-4), lr=0.1)
+        >>> groups = param_groups(pretrained, toward="start", new="fc.*")  # to fine-tune
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"param_groups: model is a {type(model).__name__}: must be a module, whose layers tell "
             "which parameters to regularise"
         )
+    check_toward(toward, "param_groups: ")
+    if toward == "zero" and new:
+        raise ValueError(
+            f"param_groups: new is {new!r} with toward='zero': all weights are pulled towards zero "
+            "then; it needs toward='start'"
+        )
     excluded, included = _Patterns("exclude", exclude), _Patterns("include", include)
+    unpretrained = _Patterns("new", new)
     names: dict[nn.Parameter, str] = {}
     never, unless_included, wanted = scale_invariant_parameters(model), set(), set()
+    without_start: set[nn.Parameter] = set()
     modules = dict(model.named_modules(remove_duplicate=False))
     named_by_model = _names_without_weight_decay(modules)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -104,21 +124,29 @@ def param_groups(
             never.add(parameter)
         if included.match(name):
             wanted.add(parameter)
+        if unpretrained.match(name):
+            without_start.add(parameter)
         if name in named_by_model or not _is_weight(name, parameter, modules):
             unless_included.add(parameter)
     if not names:
         raise ValueError("param_groups: the model has no parameters")
     excluded.check_all_matched()
     included.check_all_matched()
+    unpretrained.check_all_matched()
     unregularised = never | (unless_included - wanted)
-    groups = []
-    for chosen, options in (
-        (False, {"l1": l1, "weight_decay": weight_decay}),
-        (True, {"l1": 0.0, "weight_decay": 0.0}),
-    ):
-        members = [(n, p) for p, n in names.items() if (p in unregularised) is chosen]
+    regularised = {"l1": l1, "weight_decay": weight_decay}
+    kinds: list[tuple[set[nn.Parameter], dict[str, Any]]] = [
+        (unregularised, {"l1": 0.0, "weight_decay": 0.0}),
+        (without_start, {**regularised, "toward": "zero"}),
+        (set(names), {**regularised, "toward": "start"} if toward == "start" else regularised),
+    ]
+    groups: list[dict[str, Any]] = []
+    taken: set[nn.Parameter] = set()
+    for kind, options in kinds:
+        members = [(n, p) for p, n in names.items() if p in kind and p not in taken]
+        taken |= kind
         if members:
-            groups.append({"params": members, **options})
+            groups.insert(0, {"params": members, **options})
     return groups
 
 

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from . import checkpoints, eager_step, group_checks
 from .backends import native
 from .options import Options
-from .sparsity import Sparsity, count, has_l1
-from .tracked_zeros import TrackedZeros
+from .sparsity import Sparsity, count, has_l1, starts_of
+from .tracked_zeros import TrackedZeros, known_zeros
 
 _Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -40,6 +40,15 @@ class ProxSGD(Optimizer):
 
     With ``l1=0`` it is ``torch.optim.SGD``, bit for bit in float32 and float64 (its
     ``foreach=False`` way on a CPU with AVX2), and a checkpoint of either loads into the other.
+
+    With ``toward="start"`` the penalties are those of the distance from w⁰, the parameter's value
+    before its first step, so that weights that needn't move stay exactly what they were:
+
+    .. code-block:: text
+
+        d = grad + weight_decay * (p - start)    l2_mode="coupled"
+        p = start + sign(v - start) * max(|v - start| - lr * l1 * k, 0)
+        p = start + (p - start) / (1 + lr * weight_decay * k)      l2_mode="proximal" only
 
     The factor k makes ``l1`` the coefficient in F. Heavy-ball momentum multiplies the effect of a
     gradient by k; a threshold of ``lr * l1`` would stay behind and minimise F with ``l1 / k``.
@@ -76,6 +85,10 @@ class ProxSGD(Optimizer):
             element that a step moves. float64 parameters keep float64 (default: None).
         track_sparsity: count exact zeros in the step's own pass; see :meth:`sparsity` (default:
             False).
+        toward: what the penalties pull towards: ``"zero"``, or ``"start"``, where training started.
+            The state then holds each parameter's ``start``, the value that it has at its first step
+            with this option, also where they are loaded into the model after the optimizer is made
+            (default: ``"zero"``).
 
     Raises:
         ValueError: an option or a tensor can't be used; it is named with its value, and nothing has
@@ -89,7 +102,9 @@ class ProxSGD(Optimizer):
 
     The parameter's dtype may be float32, float64, bfloat16 or float16. Each stored value is rounded
     once. NaN and infinity are passed on, never turned into zeros. State: ``momentum_buffer``, where
-    momentum is not 0, and ``master_weight``, where there is one.
+    momentum is not 0, ``master_weight``, where there is one, and with ``toward="start"`` the
+    ``start``, in the master weight's dtype or else the parameter's. A checkpoint holds it, for runs
+    that are resumed; one of ``torch.optim.SGD`` doesn't, and the next step makes it.
 
     With a ``torch.amp.GradScaler``, the scaler unscales the gradients and skips steps as it does
     for any optimizer. With ``fused=True`` or ``capturable=True`` both happen inside the step: it
@@ -106,7 +121,9 @@ class ProxSGD(Optimizer):
         Zou and Hastie, *Regularization and variable selection via the elastic net*, 2005; Yang et
         al., *ProxSGD: Training structured neural networks under regularization and constraints*,
         2020, whose method averages gradients with weights that change from step to step and goes
-        part of the way to the proximal point; this one is SGD with a proximal step.
+        part of the way to the proximal point; this one is SGD with a proximal step. Li, Grandvalet
+        and Davoine, *Explicit inductive bias for transfer learning with convolutional networks*,
+        2018, for the penalties towards the start.
     """
 
     def __init__(
@@ -126,6 +143,7 @@ class ProxSGD(Optimizer):
         master_weights: bool = False,
         momentum_dtype: torch.dtype | None = None,
         track_sparsity: bool = False,
+        toward: str = "zero",
         **unknown: Any,
     ) -> None:
         group_checks.refuse_unknown(unknown)
@@ -144,6 +162,7 @@ class ProxSGD(Optimizer):
             "master_weights": master_weights,
             "momentum_dtype": momentum_dtype,
             "track_sparsity": track_sparsity,
+            "toward": toward,
         }
         Options.from_group(defaults, "ProxSGD: ")
         self._constructing = True
@@ -200,8 +219,8 @@ class ProxSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of a ``ProxSGD`` or a ``torch.optim.SGD``.
 
-        Momentum buffers and master weights get the dtype that the live group's options say, and
-        keep their bits where they are saved in it; torch's own loading would cast them to the
+        Momentum buffers, master weights and starts get the dtype that the live group's options say,
+        and keep their bits where they are saved in it; torch's own loading would cast them to the
         parameter's dtype first.
 
         Raises:
@@ -231,7 +250,8 @@ class ProxSGD(Optimizer):
         The weights that L1 has left are trained on without its bias: it no longer reduces their
         magnitudes, and the zeros stay. (Known as debiasing or refitting on the support.) Applies
         to the groups whose ``l1`` is above 0, or was before a schedule took it to 0; it sets their
-        option ``frozen_zeros``, which a checkpoint holds, and leaves ``l1`` as it is.
+        option ``frozen_zeros``, which a checkpoint holds, and leaves ``l1`` as it is. With
+        ``toward="start"`` weights that are at their start stay there.
 
         Args:
             freeze: False ends it, in all groups.
@@ -250,6 +270,8 @@ class ProxSGD(Optimizer):
 
     def sparsity(self) -> Sparsity:
         """Exact zeros, parameter by parameter, as :func:`resnet_reg_ext.sparsity` counts them.
+
+        Of groups with ``toward="start"`` the weights that are at their start.
 
         With ``track_sparsity=True`` they were counted in the last step and need no reading of the
         parameters. Those whose version autograd has raised since then are counted anew, as are all
@@ -320,4 +342,4 @@ class ProxSGD(Optimizer):
     def _zeros_known(self) -> dict[Tensor, Tensor]:
         """What the last step counted, for the parameters that are still as it left them."""
         tracked: list[TrackedZeros] = self.__dict__.get("_tracked_zeros", [])
-        return {p: num_zeros for counts in tracked for p, num_zeros in counts.unchanged()}
+        return known_zeros(tracked, starts_of(self)) if tracked else {}

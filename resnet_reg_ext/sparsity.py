@@ -1,4 +1,4 @@
-"""Counts of exact zeros, layer by layer."""
+"""Counts of exact zeros, or of weights that are where training started, layer by layer."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from .backends.pure import count_zeros
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """Exact zeros of one parameter."""
+    """Exact zeros of one parameter, or its weights that are exactly at their start."""
 
     name: str
     """The parameter's name, or its place in the groups where those have no names."""
     zeros: int
-    """How many of its elements are +0 or -0."""
+    """How many of its elements are +0 or -0; with ``at_start``, are equal to their start."""
     size: int
     """How many elements it has."""
     l1: float | None = None
     """The L1 coefficient of its group, where it was counted through an optimizer."""
     regularised: bool | None = None
     """Whether l1 is above 0, or was before a schedule took it to 0; None where not known."""
+    at_start: bool = False
+    """Whether its group has ``toward="start"``: weights at their start were counted, not zeros."""
 
     @property
     def fraction(self) -> float:
-        """Share of zeros, 0 for an empty parameter."""
+        """Share of ``zeros``, 0 for an empty parameter."""
         return self.zeros / self.size if self.size else 0.0
 
 
@@ -92,6 +94,7 @@ class Sparsity:
         lines = [f"{'parameter':<{width}}  {'zeros':>12}  {'size':>12}  {'zeros %':>8}"]
         lines += [
             f"{row.name:<{width}}  {row.zeros:>12,}  {row.size:>12,}  {100 * row.fraction:>8.2f}"
+            + ("  at their start" if row.at_start else "")
             for row in rows
         ]
         return "\n".join(lines)
@@ -101,7 +104,9 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
     """Counts the exact zeros of a model's or an optimizer's parameters.
 
     Reads every parameter once, whatever an optimizer has counted before; +0 and -0 both count.
-    Shared parameters are counted once. Of DTensors each process counts its part, and the counts
+    Shared parameters are counted once. Where an optimizer's group has ``toward="start"``, weights
+    are counted that equal their start as rounded to the parameter's dtype: all of them before the
+    parameter's first step. Of DTensors each process counts its part, and the counts
     are summed: all processes must call this.
 
     Args:
@@ -125,19 +130,36 @@ def count(source: nn.Module | Optimizer, known: Mapping[Tensor, Tensor]) -> Spar
         TypeError: the source is neither.
     """
     named = list(_parameters(source))
+    starts = starts_of(source) if isinstance(source, Optimizer) else {}
     with torch.no_grad():
-        counts = [
-            known[p] if p in known else count_zeros(dtensor.countable(p.detach()))
-            for _, p, *_ in named
-        ]
+        counts = [known[p] if p in known else _count(p, starts) for _, p, *_ in named]
         counts = dtensor.summed(counts, [p for _, p, *_ in named])
         zeros = _to_host(counts)
     return Sparsity(
         tuple(
-            LayerSparsity(name, n, p.numel(), l1, regularised)
+            LayerSparsity(name, n, p.numel(), l1, regularised, p in starts)
             for (name, p, l1, regularised), n in zip(named, zeros, strict=True)
         )
     )
+
+
+def _count(param: Tensor, starts: Mapping[Tensor, Tensor | None]) -> Tensor:
+    """What this process counts of a parameter; without a start yet, it is its own."""
+    values = dtensor.countable(param.detach())
+    start = starts.get(param)
+    if start is None:
+        return count_zeros(values, values if param in starts else None)
+    return count_zeros(values, dtensor.countable(start))
+
+
+def starts_of(optimizer: Optimizer) -> dict[Tensor, Tensor | None]:
+    """The parameters of groups with ``toward="start"``: their starts, None before a first step."""
+    return {
+        param: optimizer.state[param].get("start") if param in optimizer.state else None
+        for group in optimizer.param_groups
+        if group.get("toward") == "start"
+        for param in group["params"]
+    }
 
 
 def _to_host(counts: list[Tensor]) -> list[int]:

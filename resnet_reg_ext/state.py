@@ -1,7 +1,7 @@
-"""The optimizer's state: momentum buffers and master weights of each parameter.
+"""The optimizer's state: momentum buffers, master weights and starts of each parameter.
 
-The only module that knows what a first step is, which parameters have a master weight, and in which
-dtype a momentum buffer is stored.
+The only module that knows what a first step is, which parameters have a master weight or a start,
+and in which dtypes they are stored.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from .backends import dtensor
 from .backends.bucket import Bucket
+from .backends.device_values import is_capturing
 
 MOMENTUM_BUFFER = "momentum_buffer"
 MASTER_WEIGHT = "master_weight"
+START = "start"
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _NO_STATE: dict[str, Any] = {}
 
@@ -56,6 +58,10 @@ def collect(
     else:
         whole.momentum_buffers = buffers
         buckets = [whole]
+    if towards_start(group):
+        for bucket in buckets:
+            starts: list[Any] = [state.get(p, _NO_STATE).get(START) for p in bucket.params]
+            bucket.starts = starts
     return _with_counters(buckets) if group["track_sparsity"] else buckets
 
 
@@ -115,7 +121,12 @@ def _with_counters(buckets: list[Bucket]) -> list[Bucket]:
 
 
 def create_missing(bucket: Bucket, group: Mapping[str, Any]) -> None:
-    """Fills in the state that doesn't exist yet. :func:`commit` puts it into the optimizer."""
+    """Fills in the state that doesn't exist yet. :func:`commit` puts it into the optimizer.
+
+    Raises:
+        RuntimeError: a start is missing while a CUDA graph is captured, which would take it anew at
+            every replay.
+    """
     momentum_buffers = bucket.momentum_buffers if bucket.first_step else None
     for key, values, make in (
         (MOMENTUM_BUFFER, momentum_buffers, new_momentum_buffer),
@@ -126,6 +137,17 @@ def create_missing(bucket: Bucket, group: Mapping[str, Any]) -> None:
                 created = make(group, bucket.params[i])
                 values[i] = created
                 bucket.created.append((bucket.params[i], key, created))
+    for i, start in enumerate(bucket.starts or ()):
+        if start is None:
+            if bucket.params[i].is_cuda and is_capturing():
+                raise RuntimeError(
+                    f"{bucket.name(i)}: has no start yet, and a CUDA graph that is being captured "
+                    "would take it anew at each replay: take one step before the capture"
+                )
+            _, _, _, master, _ = bucket.operands(i)
+            created = new_start(bucket.params[i], master)
+            bucket.starts[i] = created
+            bucket.created.append((bucket.params[i], START, created))
 
 
 def commit(bucket: Bucket, state: State) -> None:
@@ -158,6 +180,21 @@ def new_momentum_buffer(group: Mapping[str, Any], param: Tensor) -> Tensor:
 def new_master(group: Mapping[str, Any], param: Tensor) -> Tensor:
     """A float32 copy of a parameter."""
     return param.detach().to(torch.float32)
+
+
+def towards_start(group: Mapping[str, Any]) -> bool:
+    """Whether a group's penalties pull towards its parameters' starts."""
+    return bool(group.get("toward") == "start")
+
+
+def new_start(param: Tensor, master: Tensor | None) -> Tensor:
+    """A copy of what the step updates: the master weight, or the parameter."""
+    return (param if master is None else master).detach().clone()
+
+
+def start_dtype_of(group: Mapping[str, Any], param: Tensor) -> torch.dtype:
+    """The dtype that a parameter's start is stored in."""
+    return torch.float32 if has_master(group, param) else param.dtype
 
 
 def parameter_name(group: Mapping[str, Any], group_index: int, index: int) -> str:

@@ -17,6 +17,7 @@ class TargetSparsity(BaseL1Scheduler):
     r"""Steers l1 so that a given share of the regularised weights is zero by a given step.
 
     All groups whose l1 is above 0 at construction are multiplied by one factor; their ratios stay.
+    In groups with ``toward="start"`` weights that are exactly at their start count as zeros do.
     The share asked for rises from that found at ``begin`` as in Zhu and Gupta's pruning schedule,
 
     .. math:: s(t) = s_\text{target}

@@ -120,10 +120,12 @@ def step(
     grad_scale=1.0,
     grad_coefficient=1.0,
     momentum_dtype=None,
+    start=None,
 ):
     """One step on arrays; ``m`` is None at the first step. Returns the new p and m.
 
-    ``dtype`` is that of the weights: float32 where they are master weights.
+    ``dtype`` is that of the weights: float32 where they are master weights. ``start``: what the
+    penalties pull towards instead of zero.
     """
     c = compute_type(dtype)
     fma = fma64 if c is np.float64 else fma32
@@ -137,7 +139,12 @@ def step(
         factor = c(1) / c(np.float32(grad_scale)) * c(np.float32(grad_coefficient))
         if factor != 1:
             g = g * factor
-        d = fma(c(weight_decay), p, g) if weight_decay != 0 and l2_mode == "coupled" else g
+        towards = c(0) if start is None else np.asarray(start, c)
+        d = (
+            fma(c(weight_decay), p - towards, g)
+            if weight_decay != 0 and l2_mode == "coupled"
+            else g
+        )
         s = d
         if momentum != 0:
             m = d if m is None else fma(c(1 - dampening), d, c(momentum) * np.asarray(m, c))
@@ -145,14 +152,18 @@ def step(
             m = rounded(m, momentum_dtype or dtype)
         v = fma(c(-lr), s, p)
         if threshold != 0:
-            within = np.where(np.isnan(v), v, c(0))
+            u = v - towards
+            within = np.where(np.isnan(u), v, towards)
             v = np.where(
-                v > threshold, v - threshold, np.where(v < -threshold, v + threshold, within)
+                u > threshold, v - threshold, np.where(u < -threshold, v + threshold, within)
             )
-        if l2_mode == "proximal" and weight_decay != 0:
-            v = v * scale
+        if l2_mode == "proximal" and scale != 1:
+            if start is None:
+                v = v * scale
+            else:
+                v = np.where(v == towards, v, fma(scale, v - towards, towards))
         if frozen_zeros:
-            v = np.where(p == 0, c(0), v)
+            v = np.where(p == towards, towards, v)
         return rounded(v, dtype), m
 
 

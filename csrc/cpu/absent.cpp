@@ -5,7 +5,7 @@
 
 namespace prox_sgd::cpu {
 
-Kernel kernel_for(Storage, MomentumMode, UpdateForm, bool) {
+Kernel kernel_for(Storage, MomentumMode, UpdateForm, bool, bool) {
   throw std::logic_error("ProxSGD: built without a CPU kernel");
 }
 

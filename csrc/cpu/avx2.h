@@ -58,6 +58,14 @@ PROX_SGD_HD Floats clear_if_zero(Floats p, uint32_t frozen, Floats value) {
   return {_mm256_andnot_ps(cleared.low, value.low), _mm256_andnot_ps(cleared.high, value.high)};
 }
 
+PROX_SGD_HD Floats equal(Floats a, Floats b) {
+  return {_mm256_cmp_ps(a.low, b.low, _CMP_EQ_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_EQ_OQ)};
+}
+PROX_SGD_HD Floats equal(Floats a, Floats b, uint32_t mask) { return keep(equal(a, b), mask); }
+PROX_SGD_HD Floats choose(Floats there, Floats x, Floats y) {
+  return {_mm256_blendv_ps(y.low, x.low, there.low), _mm256_blendv_ps(y.high, x.high, there.high)};
+}
+
 PROX_SGD_HD Coefficients<Floats> broadcast(const Coefficients<float>& c) {
   return {Floats(c.minus_lr),     Floats(c.momentum),    Floats(c.one_minus_dampening),
           Floats(c.weight_decay), Floats(c.lookahead),   Floats(c.threshold),
@@ -93,6 +101,11 @@ PROX_SGD_HD Floats load_floats(const Half* x) {
           _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1))};
 }
 
+// Eight numbers whose sum is minus the number of elements that are all ones; the others are 0.
+PROX_SGD_HD __m256i minus_true(Floats truth) {
+  return _mm256_add_epi32(_mm256_castps_si256(truth.low), _mm256_castps_si256(truth.high));
+}
+
 // Sixteen results of store<T>().
 template <typename T>
 struct Stored;
@@ -105,10 +118,7 @@ struct Stored<float> {
     _mm256_storeu_ps(to + 8, value.high);
   }
   // Eight numbers whose sum is minus the number of zeros.
-  PROX_SGD_HD __m256i minus_zeros() const {
-    const Floats zeros = zeros_of(value);
-    return _mm256_add_epi32(_mm256_castps_si256(zeros.low), _mm256_castps_si256(zeros.high));
-  }
+  PROX_SGD_HD __m256i minus_zeros() const { return minus_true(zeros_of(value)); }
   Floats value;
 };
 

@@ -19,20 +19,23 @@ namespace prox_sgd::cpu {
 namespace {
 
 // What is known at compile time.
-template <MomentumMode kMomentumMode, UpdateForm kUpdateForm, bool kCounted>
+template <MomentumMode kMomentumMode, UpdateForm kUpdateForm, bool kCounted, bool kStart>
 struct Variant {
   static constexpr MomentumMode kMode = kMomentumMode;
   static constexpr UpdateForm kForm = kUpdateForm;
   static constexpr bool kCounts = kCounted;
+  static constexpr bool kTowardsStart = kStart;
 };
 
 // Updates `size` elements one by one and returns the zeros if they are counted. The arrays are
-// parameters because GCC believes __restrict only there. `weight` is used with a master only.
+// parameters because GCC believes __restrict only there. `weight` is used with a master only,
+// `start` where the step is towards it.
 template <typename T, typename V>
 inline __attribute__((always_inline)) int64_t update_each(
     const Coefficients<typename T::Compute>& c, typename T::Param* __restrict param,
     const typename T::Grad* __restrict grad, typename T::MomentumBuffer* __restrict momentum_buffer,
-    typename T::Weight* __restrict weight, int64_t size) {
+    typename T::Weight* __restrict weight, const typename T::Weight* __restrict start,
+    int64_t size) {
   using C = typename T::Compute;
   // As wide as the compared type: other widths cost conversions in the vectorised loop.
   std::conditional_t<sizeof(C) == 8, int64_t, int32_t> num_zeros = 0;
@@ -44,13 +47,21 @@ inline __attribute__((always_inline)) int64_t update_each(
       p = load(param[i]);
     }
     C m = V::kMode == MomentumMode::running ? load(momentum_buffer[i]) : C(0);
-    update(c, V::kMode, V::kForm, p, load(grad[i]), m);
+    if constexpr (V::kTowardsStart) {
+      update_towards(load(start[i]), c, V::kMode, V::kForm, p, load(grad[i]), m);
+    } else {
+      update(c, V::kMode, V::kForm, p, load(grad[i]), m);
+    }
     if (V::kMode != MomentumMode::none) momentum_buffer[i] = store<typename T::MomentumBuffer>(m);
     if constexpr (T::has_master) weight[i] = store<typename T::Weight>(p);
     // Stored and read back, and counted by a conditional: with a local struct or an added bool, GCC
     // leaves 16-bit loops scalar, nine times slower (tests/gates/instructions.py).
     param[i] = store<typename T::Param>(p);
-    if constexpr (V::kCounts) num_zeros += is_zero(param[i]) ? 1 : 0;
+    if constexpr (V::kCounts && V::kTowardsStart) {
+      num_zeros += is_at_start<typename T::Param>(param[i], start[i]) ? 1 : 0;
+    } else if constexpr (V::kCounts) {
+      num_zeros += is_zero(param[i]) ? 1 : 0;
+    }
   }
   return num_zeros;
 }
@@ -62,8 +73,9 @@ update_each(const Coefficients<typename T::Compute>& c, const TypedArrays<T>& at
   // Without momentum the pointer is null, and adding to it is undefined.
   auto* const momentum_buffer =
       V::kMode == MomentumMode::none ? at.momentum_buffer : at.momentum_buffer + begin;
+  const auto* const start = V::kTowardsStart ? at.start + begin : nullptr;
   return update_each<T, V>(c, at.param + begin, at.grad + begin, momentum_buffer, at.weight + begin,
-                           size);
+                           start, size);
 }
 
 // The elements in one cache line of the widest array.
@@ -91,6 +103,7 @@ inline __attribute__((always_inline)) void prefetch(const TypedArrays<T>& at, in
   __builtin_prefetch(at.grad + i, 0, 0);
   if (V::kMode != MomentumMode::none) __builtin_prefetch(at.momentum_buffer + i, 0, 0);
   if constexpr (T::has_master) __builtin_prefetch(at.weight + i, 0, 0);
+  if constexpr (V::kTowardsStart) __builtin_prefetch(at.start + i, 0, 0);
 }
 
 #if defined(PROX_SGD_AVX2)
@@ -103,14 +116,27 @@ inline __attribute__((always_inline)) void update_floats(const Coefficients<Floa
   Floats p = load_floats(at.weight + i);
   Floats m(0.0f);
   if (V::kMode == MomentumMode::running) m = load_floats(at.momentum_buffer + i);
-  update(c, V::kMode, V::kForm, p, load_floats(at.grad + i), m);
+  Floats start(0.0f);
+  if constexpr (V::kTowardsStart) {
+    start = load_floats(at.start + i);
+    update_towards(start, c, V::kMode, V::kForm, p, load_floats(at.grad + i), m);
+  } else {
+    update(c, V::kMode, V::kForm, p, load_floats(at.grad + i), m);
+  }
   if (V::kMode != MomentumMode::none) {
     Stored<typename T::MomentumBuffer>(m).write(at.momentum_buffer + i);
   }
   if constexpr (T::has_master) Stored<typename T::Weight>(p).write(at.weight + i);
   const Stored<typename T::Param> stored(p);
   stored.write(at.param + i);
-  if (V::kCounts) minus_zeros = _mm256_add_epi32(minus_zeros, stored.minus_zeros());
+  if constexpr (V::kCounts && V::kTowardsStart) {
+    typename T::Param rounded[Floats::kCount];
+    Stored<typename T::Param>(start).write(rounded);
+    const Floats at_start = equal(load_floats(at.param + i), load_floats(rounded));
+    minus_zeros = _mm256_add_epi32(minus_zeros, minus_true(at_start));
+  } else if constexpr (V::kCounts) {
+    minus_zeros = _mm256_add_epi32(minus_zeros, stored.minus_zeros());
+  }
 }
 
 // A range is at most a chunk of the plan, so 32 bits hold its zeros.
@@ -161,36 +187,43 @@ int64_t update_range(const Operands& operands, const void* coefficients, int64_t
 // A variant that leaves out counting takes an eighth fewer instructions, and a simpler form half of
 // them (tests/gates/instructions.py). A first step comes once, and Nesterov's momentum needs a
 // buffer: these have no variants of their own.
-template <typename T, MomentumMode kMode>
+template <typename T, MomentumMode kMode, bool kStart>
 Kernel kernel_with(UpdateForm form, bool counts) {
   if constexpr (kMode != MomentumMode::first_step) {
     if (form == UpdateForm::basic) {
-      return counts ? update_range<T, Variant<kMode, UpdateForm::basic, true>>
-                    : update_range<T, Variant<kMode, UpdateForm::basic, false>>;
+      return counts ? update_range<T, Variant<kMode, UpdateForm::basic, true, kStart>>
+                    : update_range<T, Variant<kMode, UpdateForm::basic, false, kStart>>;
     }
   }
   if constexpr (kMode == MomentumMode::running) {
     if (form == UpdateForm::nesterov) {
-      return counts ? update_range<T, Variant<kMode, UpdateForm::nesterov, true>>
-                    : update_range<T, Variant<kMode, UpdateForm::nesterov, false>>;
+      return counts ? update_range<T, Variant<kMode, UpdateForm::nesterov, true, kStart>>
+                    : update_range<T, Variant<kMode, UpdateForm::nesterov, false, kStart>>;
     }
   }
-  return update_range<T, Variant<kMode, UpdateForm::general, true>>;
+  return update_range<T, Variant<kMode, UpdateForm::general, true, kStart>>;
+}
+
+template <typename T, bool kStart>
+Kernel kernel_of(MomentumMode mode, UpdateForm form, bool counts) {
+  switch (mode) {
+    case MomentumMode::none:
+      return kernel_with<T, MomentumMode::none, kStart>(form, counts);
+    case MomentumMode::first_step:
+      return kernel_with<T, MomentumMode::first_step, kStart>(form, counts);
+    default:
+      return kernel_with<T, MomentumMode::running, kStart>(form, counts);
+  }
 }
 
 }  // namespace
 
-Kernel kernel_for(Storage storage, MomentumMode mode, UpdateForm form, bool counts) {
+Kernel kernel_for(Storage storage, MomentumMode mode, UpdateForm form, bool counts,
+                  bool towards_start) {
   return with_storage(storage, [&](auto tag) {
     using T = TypesOf<decltype(tag)::storage>;
-    switch (mode) {
-      case MomentumMode::none:
-        return kernel_with<T, MomentumMode::none>(form, counts);
-      case MomentumMode::first_step:
-        return kernel_with<T, MomentumMode::first_step>(form, counts);
-      default:
-        return kernel_with<T, MomentumMode::running>(form, counts);
-    }
+    return towards_start ? kernel_of<T, true>(mode, form, counts)
+                         : kernel_of<T, false>(mode, form, counts);
   });
 }
 

@@ -6,11 +6,14 @@
 
 namespace prox_sgd::cpu {
 
-// Updates elements [begin, end) of one parameter. Returns how many of them are zero afterwards if
-// the kernel was chosen with `counts`, and something arbitrary otherwise.
+// Updates elements [begin, end) of one parameter. Returns how many of them are zero afterwards, or
+// with a start equal to it, if the kernel was chosen with `counts`, and something arbitrary
+// otherwise.
 using Kernel = int64_t (*)(const Operands& operands, const void* coefficients, int64_t begin,
                            int64_t end);
 
-Kernel kernel_for(Storage storage, MomentumMode mode, UpdateForm form, bool counts);
+// `towards_start`: for operands with a start.
+Kernel kernel_for(Storage storage, MomentumMode mode, UpdateForm form, bool counts,
+                  bool towards_start);
 
 }  // namespace prox_sgd::cpu

@@ -71,7 +71,8 @@ void run(const std::vector<Operands>& operands, Storage storage, const Options& 
   const Coefficients<C> c = coefficients<C>(options);
   const bool counts = std::any_of(operands.begin(), operands.end(),
                                   [](const Operands& o) { return o.num_zeros != nullptr; });
-  const Kernel kernel = kernel_for(storage, c.mode, simplest_form(c), counts);
+  const bool towards_start = !operands.empty() && operands.front().start != nullptr;
+  const Kernel kernel = kernel_for(storage, c.mode, simplest_form(c), counts, towards_start);
   const Plan plan(operands, threads);
   // To wake a thread costs as much as some ten thousand elements, and far more on a busy machine.
   int64_t elements = 0;

@@ -15,17 +15,19 @@ namespace {
 // Updates kCount packs of N elements, `stride` elements apart, and returns how many are zero
 // afterwards. All loads come before the first use. Offsets within a block's range fit in 32 bits;
 // addresses and sizes are 64-bit.
-template <typename T, int N, int kCount>
+template <typename T, bool kStart, int N, int kCount>
 __device__ __forceinline__ int update_packs(const Coefficients<typename T::Compute>& c,
                                             const TypedArrays<T>& t, int at, int stride) {
   using C = typename T::Compute;
   Pack<typename T::Weight, N> p[kCount];
   Pack<typename T::Grad, N> g[kCount];
   Pack<typename T::MomentumBuffer, N> m[kCount] = {};
+  Pack<typename T::Weight, N> start[kCount];
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     read(t.weight + at + k * stride, p[k]);
     read(t.grad + at + k * stride, g[k]);
+    if constexpr (kStart) read(t.start + at + k * stride, start[k]);
   }
   if (c.mode == MomentumMode::running) {
 #pragma unroll
@@ -39,11 +41,20 @@ __device__ __forceinline__ int update_packs(const Coefficients<typename T::Compu
     for (int i = 0; i < N; ++i) {
       C pi = load(p[k].values[i]);
       C mi = load(m[k].values[i]);
-      update(c, c.mode, UpdateForm::general, pi, load(g[k].values[i]), mi);
+      const C gi = load(g[k].values[i]);
+      if constexpr (kStart) {
+        update_towards(load(start[k].values[i]), c, c.mode, UpdateForm::general, pi, gi, mi);
+      } else {
+        update(c, c.mode, UpdateForm::general, pi, gi, mi);
+      }
       p[k].values[i] = store<typename T::Weight>(pi);
       m[k].values[i] = store<typename T::MomentumBuffer>(mi);
       stored.values[i] = store<typename T::Param>(pi);
-      num_zeros += is_zero(stored.values[i]);
+      if constexpr (kStart) {
+        num_zeros += is_at_start(stored.values[i], start[k].values[i]);
+      } else {
+        num_zeros += is_zero(stored.values[i]);
+      }
     }
     write(t.param + at + k * stride, stored);
     if constexpr (T::has_master) write(t.weight + at + k * stride, p[k]);
@@ -60,7 +71,7 @@ constexpr int loads_in_flight = sizeof(typename T::Weight) == sizeof(float) ? 2 
 
 // Updates elements [begin, end) in packs of N, by all threads of the block; N divides end - begin.
 // Returns how many of this thread's elements are zero afterwards.
-template <typename T, int N>
+template <typename T, bool kStart, int N>
 __device__ __forceinline__ int update_range(const Coefficients<typename T::Compute>& c,
                                             const TypedArrays<T>& arrays, int begin, int end) {
   constexpr int kStride = kThreads * N;
@@ -68,9 +79,9 @@ __device__ __forceinline__ int update_range(const Coefficients<typename T::Compu
   int num_zeros = 0;
   int at = begin + static_cast<int>(threadIdx.x) * N;
   for (; at + (kCount - 1) * kStride < end; at += kCount * kStride) {
-    num_zeros += update_packs<T, N, kCount>(c, arrays, at, kStride);
+    num_zeros += update_packs<T, kStart, N, kCount>(c, arrays, at, kStride);
   }
-  if (kCount == 2 && at < end) num_zeros += update_packs<T, N, 1>(c, arrays, at, kStride);
+  if (kCount == 2 && at < end) num_zeros += update_packs<T, kStart, N, 1>(c, arrays, at, kStride);
   return num_zeros;
 }
 
@@ -119,7 +130,7 @@ __device__ __forceinline__ Coefficients<C> coefficients_now(const Parameters<C>&
   return c;
 }
 
-template <typename T>
+template <typename T, bool kStart>
 __device__ __forceinline__ void update_block(const Parameters<typename T::Compute>& parameters) {
   constexpr int N = T::per_unit;
   if (parameters.values.found_inf && *parameters.values.found_inf != 0.0f) return;
@@ -136,10 +147,11 @@ __device__ __forceinline__ void update_block(const Parameters<typename T::Comput
     const auto arrays = arrays_from<T>(o, begin);
     const int size = static_cast<int>(end - begin);
     const bool vectors = aligned<N>(arrays.param) && aligned<N>(arrays.grad) &&
-                         aligned<N>(arrays.momentum_buffer) && aligned<N>(arrays.weight);
+                         aligned<N>(arrays.momentum_buffer) && aligned<N>(arrays.weight) &&
+                         (!kStart || aligned<N>(arrays.start));
     const int in_vectors = vectors ? size / N * N : 0;
-    int num_zeros = update_range<T, N>(c, arrays, 0, in_vectors);
-    num_zeros += update_range<T, 1>(c, arrays, in_vectors, size);
+    int num_zeros = update_range<T, kStart, N>(c, arrays, 0, in_vectors);
+    num_zeros += update_range<T, kStart, 1>(c, arrays, in_vectors, size);
     if (o.num_zeros) add_to(o.num_zeros, num_zeros);
     unit = next;
   }
@@ -147,32 +159,39 @@ __device__ __forceinline__ void update_block(const Parameters<typename T::Comput
 
 }  // namespace
 
-template <Storage kStorage>
+template <Storage kStorage, bool kStart>
 const void* address();
 
 // Four blocks of 256 threads on an SM leave each thread 64 registers.
-#define PROX_SGD_KERNEL(storage)                                                      \
-  extern "C" __global__ void __launch_bounds__(kThreads, 4) prox_sgd_##storage(       \
-      const __grid_constant__ Parameters<typename TypesOf<Storage::storage>::Compute> \
-          parameters) {                                                               \
-    update_block<TypesOf<Storage::storage>>(parameters);                              \
-  }                                                                                   \
-  template <>                                                                         \
-  const void* address<Storage::storage>() {                                           \
-    return reinterpret_cast<const void*>(&prox_sgd_##storage);                        \
+#define PROX_SGD_KERNEL(name, storage, start)                                              \
+  extern "C" __global__ void __launch_bounds__(kThreads, 4)                                \
+      name(const __grid_constant__ Parameters<typename TypesOf<Storage::storage>::Compute> \
+               parameters) {                                                               \
+    update_block<TypesOf<Storage::storage>, start>(parameters);                            \
+  }                                                                                        \
+  template <>                                                                              \
+  const void* address<Storage::storage, start>() {                                         \
+    return reinterpret_cast<const void*>(&name);                                           \
   }
-PROX_SGD_KERNEL(float32)
-PROX_SGD_KERNEL(float64)
-PROX_SGD_KERNEL(float16)
-PROX_SGD_KERNEL(bfloat16)
-PROX_SGD_KERNEL(float32_momentum_bfloat16)
-PROX_SGD_KERNEL(bfloat16_master)
-PROX_SGD_KERNEL(bfloat16_master_momentum_bfloat16)
-PROX_SGD_KERNEL(float16_master)
+#define PROX_SGD_KERNELS(storage)                     \
+  PROX_SGD_KERNEL(prox_sgd_##storage, storage, false) \
+  PROX_SGD_KERNEL(prox_sgd_##storage##_start, storage, true)
+PROX_SGD_KERNELS(float32)
+PROX_SGD_KERNELS(float64)
+PROX_SGD_KERNELS(float16)
+PROX_SGD_KERNELS(bfloat16)
+PROX_SGD_KERNELS(float32_momentum_bfloat16)
+PROX_SGD_KERNELS(bfloat16_master)
+PROX_SGD_KERNELS(bfloat16_master_momentum_bfloat16)
+PROX_SGD_KERNELS(float16_master)
+#undef PROX_SGD_KERNELS
 #undef PROX_SGD_KERNEL
 
-const void* kernel_address(Storage storage) {
-  return with_storage(storage, [](auto tag) { return address<decltype(tag)::storage>(); });
+const void* kernel_address(Storage storage, bool towards_start) {
+  return with_storage(storage, [towards_start](auto tag) {
+    constexpr Storage kStorage = decltype(tag)::storage;
+    return towards_start ? address<kStorage, true>() : address<kStorage, false>();
+  });
 }
 
 size_t parameter_bytes(Storage storage) {

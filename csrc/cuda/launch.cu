@@ -64,7 +64,7 @@ Obstacle find_obstacle(int device) {
   try {
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes;
-    status = cudaFuncGetAttributes(&attributes, kernel_address(Storage::float32));
+    status = cudaFuncGetAttributes(&attributes, kernel_address(Storage::float32, false));
     cudaGetLastError();
   } catch (const std::exception& error) {
     return {error.what(), false};
@@ -93,8 +93,9 @@ void launch(const std::vector<Launch>& launches, Storage storage, int device, vo
       throw std::logic_error("ProxSGD: plan and kernel were built for tables of different sizes");
     }
     void* arguments[] = {const_cast<unsigned char*>(launch.parameters.data())};
-    check(cudaLaunchKernel(kernel_address(storage), dim3(launch.grid), dim3(launch.block),
-                           arguments, 0, static_cast<cudaStream_t>(stream)),
+    const void* const kernel = kernel_address(storage, launch.towards_start);
+    check(cudaLaunchKernel(kernel, dim3(launch.grid), dim3(launch.block), arguments, 0,
+                           static_cast<cudaStream_t>(stream)),
           launch.kernel.c_str());
   }
 }

@@ -45,8 +45,8 @@ struct Parameters {
 static_assert(sizeof(Parameters<float>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
 static_assert(sizeof(Parameters<double>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
 
-// The address by which the CUDA runtime knows a storage's kernel.
-const void* kernel_address(Storage storage);
+// The address by which the CUDA runtime knows a storage's kernel, towards zero or the start.
+const void* kernel_address(Storage storage, bool towards_start);
 
 // The size of the parameter that a storage's kernel was compiled with.
 size_t parameter_bytes(Storage storage);

@@ -26,6 +26,8 @@ std::vector<Launch> plan_for(const std::vector<Operands>& operands, Storage stor
   table->values = values;
   table->reads_device = values.lr || values.l1 || values.grad_scale || values.grad_coefficient;
 
+  const bool towards_start = !operands.empty() && operands.front().start != nullptr;
+
   const auto flush = [&] {
     if (table->count == 0) return;
     const int64_t blocks = (table->units + kUnitsPerBlock - 1) / kUnitsPerBlock;
@@ -33,8 +35,10 @@ std::vector<Launch> plan_for(const std::vector<Operands>& operands, Storage stor
       throw std::length_error("ProxSGD: a bucket of tensors too large for one CUDA grid");
     }
     const auto* bytes = reinterpret_cast<const unsigned char*>(table.get());
-    launches.push_back({std::string("prox_sgd_") + name_of(storage), static_cast<uint32_t>(blocks),
-                        kThreads, std::vector<unsigned char>(bytes, bytes + sizeof *table)});
+    launches.push_back(
+        {std::string("prox_sgd_") + name_of(storage) + (towards_start ? "_start" : ""),
+         towards_start, static_cast<uint32_t>(blocks), kThreads,
+         std::vector<unsigned char>(bytes, bytes + sizeof *table)});
     table->units = 0;
     table->count = 0;
   };

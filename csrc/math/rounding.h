@@ -79,4 +79,10 @@ PROX_SGD_HD Half store<Half>(float x) {
 #endif
 }
 
+// Whether a parameter is at its start, as it is stored: a master's start is rounded.
+template <typename P, typename W>
+PROX_SGD_HD bool is_at_start(P param, W start) {
+  return load(param) == load(store<P>(load(start)));
+}
+
 }  // namespace prox_sgd

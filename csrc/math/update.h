@@ -27,7 +27,7 @@ struct Coefficients {
   uint32_t lookahead_mask;  // nesterov: all ones
   uint32_t lookahead_sign;  // the sign bit where nesterov is off
   uint32_t shrink_mask;     // threshold not 0: all ones
-  uint32_t frozen_zeros;    // all ones: zeros stay 0, and there is no threshold
+  uint32_t frozen_zeros;    // all ones: zeros (or what is at its start) stay, with no threshold
   MomentumMode mode;
 };
 
@@ -107,28 +107,52 @@ UpdateForm simplest_form(const Coefficients<C>& c) {
   return c.lookahead_mask ? UpdateForm::nesterov : UpdateForm::basic;
 }
 
-// One step of one element: updates parameter p and momentum m for gradient g. A caller who knows
-// `mode`, which is c.mode, or `form` at compile time passes a constant. m is read only where mode
-// is `running`; without momentum, m returns d, which nobody stores. C may also be several elements
-// in a vector.
+// The gradient's and the momentum's part of a step: returns v = p - lr s, of which the proximal map
+// is taken, and updates momentum m for gradient g. `distance`: what coupled weight decay shrinks, p
+// or its distance from the start. C may also be several elements in a vector.
+//
+// A caller who knows `mode`, which is c.mode, or `form` at compile time passes a constant. m is
+// read only where mode is `running`; without momentum, m returns d, which nobody stores.
 template <typename C>
-PROX_SGD_HD void update(const Coefficients<C>& c, MomentumMode mode, UpdateForm form, C& p, C g,
-                        C& m) {
+PROX_SGD_HD C descend(const Coefficients<C>& c, MomentumMode mode, UpdateForm form, C p, C distance,
+                      C g, C& m) {
   const bool general = form == UpdateForm::general;
   if (general) g = flip(mul_(g, c.grad_factor), c.ascent);
-  const C d = fma_(c.weight_decay, keep(p, c.decay_mask), g);
+  const C d = fma_(c.weight_decay, keep(distance, c.decay_mask), g);
   const C averaged = fma_(c.one_minus_dampening, d, mul_(c.momentum, m));
   m = mode == MomentumMode::running ? averaged : d;
   C s = m;
   if (general) s = fma_(c.lookahead, m, flip(keep(d, c.lookahead_mask), c.lookahead_sign));
   if (form == UpdateForm::nesterov) s = fma_(c.lookahead, m, d);
-  const C v = fma_(c.minus_lr, s, p);
-  if (general) {
+  return fma_(c.minus_lr, s, p);
+}
+
+// One step of one element: updates parameter p and momentum m for gradient g, as descend() does.
+template <typename C>
+PROX_SGD_HD void update(const Coefficients<C>& c, MomentumMode mode, UpdateForm form, C& p, C g,
+                        C& m) {
+  const C v = descend(c, mode, form, p, p, g, m);
+  if (form == UpdateForm::general) {
     const C moved = mul_(soft_threshold(v, c.threshold, c.shrink_mask), c.scale);
     p = clear_if_zero(p, c.frozen_zeros, moved);
   } else {
     p = soft_threshold(v, c.threshold);
   }
+}
+
+// The same where the penalties are those of p's distance from `start`. With a start of +0 the bits
+// are those of update().
+template <typename C>
+PROX_SGD_HD void update_towards(C start, const Coefficients<C>& c, MomentumMode mode,
+                                UpdateForm form, C& p, C g, C& m) {
+  const auto stays = equal(p, start, c.frozen_zeros);
+  const C v = descend(c, mode, form, p, sub_(p, start), g, m);
+  C moved = soft_threshold_towards(start, v, c.threshold);
+  if (form == UpdateForm::general) {
+    moved = scale_towards(start, moved, c.scale);
+    moved = choose(stays, start, moved);
+  }
+  p = moved;
 }
 
 }  // namespace prox_sgd

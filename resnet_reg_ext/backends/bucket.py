@@ -33,23 +33,29 @@ class Bucket:
     first_step: bool
     name: Callable[[int], str]
     """What an error about the i-th parameter begins with."""
+    starts: list[Tensor] | None = None
+    """What the penalties pull towards, in the dtype that the step updates; None: zero."""
     num_zeros: Tensor | None = None
-    """Takes the number of zeros of each parameter: int64, on the parameters' one device."""
+    """Takes the number of zeros of each parameter, or with ``starts`` of the weights that are at
+    their start: int64, on the parameters' one device."""
     created: list[tuple[Tensor, str, Tensor | None]] = field(default_factory=list)
     """State that the step adds, or with None removes: (parameter, key, value)."""
 
-    def operands(self, i: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The i-th parameter with its gradient, momentum buffer and master weight."""
+    def operands(
+        self, i: int
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The i-th parameter with its gradient, momentum buffer, master weight and start."""
         return (
             self.params[i],
             self.grads[i],
             None if self.momentum_buffers is None else self.momentum_buffers[i],
             None if self.master_params is None else self.master_params[i],
+            None if self.starts is None else self.starts[i],
         )
 
     def lists(self) -> tuple[list[Tensor], ...]:
         """Every list of tensors that there is."""
-        every = (self.params, self.grads, self.momentum_buffers, self.master_params)
+        every = (self.params, self.grads, self.momentum_buffers, self.master_params, self.starts)
         return tuple(tensors for tensors in every if tensors is not None)
 
     def written(self) -> tuple[list[Tensor], ...]:
@@ -67,6 +73,7 @@ class Bucket:
             if self.momentum_buffers is None
             else change(self.momentum_buffers),
             master_params=None if self.master_params is None else change(self.master_params),
+            starts=None if self.starts is None else change(self.starts),
         )
 
     def pick(self, indices: Sequence[int]) -> Bucket:

@@ -22,6 +22,7 @@ def check_operands(
     grad: Tensor,
     momentum_buffer: Tensor | None,
     master: Tensor | None,
+    start: Tensor | None,
     name: Callable[[], str],
 ) -> None:
     """Refuses what no backend can update. ``name`` gives the parameter's, for an error.
@@ -45,6 +46,8 @@ def check_operands(
     if not grad.is_floating_point():
         raise ValueError(f"{name()}: the gradient's dtype is {grad.dtype}: must be floating-point")
     _check_alike(param, grad, "the gradient", name)
+    if start is not None:
+        check_state(param, start, "start", name)
     for key, value in (
         ("the parameter", param),
         ("momentum_buffer", momentum_buffer),

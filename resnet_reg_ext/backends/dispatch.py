@@ -167,7 +167,7 @@ def _prepare_split(
                 if copies[i] is not originals[i]:
                     originals[i].copy_(copies[i])
         if bucket.num_zeros is not None:
-            pure.count_zeros_into(bucket.num_zeros, bucket.params)
+            pure.count_zeros_into(bucket.num_zeros, bucket)
 
     return run
 

@@ -65,6 +65,7 @@ def local_bucket(bucket: Bucket) -> Bucket:
         ("gradient", grads),
         ("momentum_buffer", bucket.momentum_buffers),
         ("master_weight", bucket.master_params),
+        ("start", bucket.starts),
     ):
         for i, (param, operand) in enumerate(zip(bucket.params, tensors or (), strict=False)):
             if not _alike(param, operand, dtensor):

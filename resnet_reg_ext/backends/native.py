@@ -102,7 +102,12 @@ def read(bucket: Bucket) -> Any:
     """
     zeros = 0 if bucket.num_zeros is None else bucket.num_zeros.data_ptr()
     return _reader.read(
-        bucket.params, bucket.grads, bucket.momentum_buffers, bucket.master_params, zeros
+        bucket.params,
+        bucket.grads,
+        bucket.momentum_buffers,
+        bucket.master_params,
+        zeros,
+        bucket.starts,
     )
 
 

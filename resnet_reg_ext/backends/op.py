@@ -22,7 +22,7 @@ from .device_values import DeviceValues
     "resnet_reg_ext::prox_sgd_step",
     mutates_args=("params", "momentum_buffers", "master_params"),
     schema="(str plan, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
-    "Tensor(c!)[] master_params, Tensor[] tensor_options, Tensor? grad_scale, "
+    "Tensor(c!)[] master_params, Tensor[] starts, Tensor[] tensor_options, Tensor? grad_scale, "
     "Tensor? grad_coefficient, Tensor? found_inf) -> ()",
 )
 def prox_sgd_step(
@@ -31,6 +31,7 @@ def prox_sgd_step(
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
     master_params: Sequence[Tensor],
+    starts: Sequence[Tensor],
     tensor_options: Sequence[Tensor],
     grad_scale: Tensor | None,
     grad_coefficient: Tensor | None,
@@ -41,9 +42,10 @@ def prox_sgd_step(
     ``plan`` is JSON, a list of groups. Each has its ``options`` by name, of which those in
     ``tensor_options`` are the next of the operator's ``tensor_options``; ``where`` begins an error
     about them; its ``buckets`` say for the next parameters their ``names`` for errors, whether it
-    is their ``first_step``, and whether they have a ``momentum`` buffer and a ``master`` weight.
+    is their ``first_step``, and whether they have a ``momentum`` buffer, a ``master`` weight and a
+    ``start``.
     """
-    lists = iter(params), iter(grads), iter(momentum_buffers), iter(master_params)
+    lists = iter(params), iter(grads), iter(momentum_buffers), iter(master_params), iter(starts)
     values = DeviceValues(
         grad_scale=grad_scale, grad_coefficient=grad_coefficient, found_inf=found_inf
     )
@@ -81,6 +83,7 @@ def _buckets(
     grads: Iterator[Tensor],
     momentum_buffers: Iterator[Tensor],
     master_params: Iterator[Tensor],
+    starts: Iterator[Tensor],
 ) -> Iterator[Bucket]:
     for described in group["buckets"]:
         if (options.momentum != 0) is not described["momentum"]:
@@ -98,6 +101,7 @@ def _buckets(
             if described["momentum"]
             else None,
             master_params=[next(master_params) for _ in count] if described["master"] else None,
+            starts=[next(starts) for _ in count] if described["start"] else None,
             first_step=described["first_step"],
             name=names.__getitem__,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from itertools import repeat
 from types import SimpleNamespace
@@ -15,6 +15,8 @@ from ..options import Options
 from .bucket import Bucket, Run
 from .checks import COMPUTE_DTYPE, check_operands, overlaps_itself
 from .device_values import to_float32
+from .pure_start import clear_nan_, clear_nan_lists_, pull_towards, where_, where_lists_
+from .workspace import CHUNK, Workspace
 
 
 class _Coefficients(NamedTuple):
@@ -29,6 +31,7 @@ class _Coefficients(NamedTuple):
     lr: float
     l1_threshold: float
     l2_factor: float
+    """1 where it rounds to 1."""
     frozen_zeros: bool
 
     @classmethod
@@ -45,7 +48,7 @@ class _Coefficients(NamedTuple):
             maximize=options.maximize,
             lr=options.lr,
             l1_threshold=rounded(options.l1_threshold),
-            l2_factor=options.l2_factor,
+            l2_factor=rounded(options.l2_factor),
             frozen_zeros=options.frozen_zeros,
         )
 
@@ -57,19 +60,25 @@ def _update_values(
     m: Any,
     c: _Coefficients,
     first_step: bool,
-    scratch: Tensor | None,
+    start: Any = None,
+    scratch: Tensor | None = None,
+    distance: Tensor | None = None,
 ) -> None:
     """The update in the compute dtype, in place. ``add(alpha=)`` rounds once: it is an fma.
 
-    With ``_SINGLE``, p, g and m are tensors, and ``scratch`` takes intermediate values; with
-    ``_FOREACH`` they are lists of tensors, and memory is allocated for those.
+    With ``_SINGLE``, p, g, m and start are tensors, and ``scratch`` and ``distance`` take
+    intermediate values; with ``_FOREACH`` they are lists of tensors, and memory is allocated for
+    those. ``start`` is None where the penalties pull towards zero.
     """
-    frozen = ops.equal(p, 0) if c.frozen_zeros else None
+    frozen = None
+    if c.frozen_zeros:
+        frozen = ops.equal(p, 0) if start is None else ops.equal_each(p, start)
     d = ops.neg(g, out=scratch) if c.maximize else g
     if c.grad_factor != 1:
         d = ops.mul(d, c.grad_factor, out=scratch)
     if c.weight_decay != 0:
-        d = ops.add(d, p, alpha=c.weight_decay, out=scratch)
+        shrunk = p if start is None else ops.sub(p, start, out=distance)
+        d = ops.add(d, shrunk, alpha=c.weight_decay, out=scratch)
     s = d
     if c.momentum != 0:
         if first_step:
@@ -79,6 +88,9 @@ def _update_values(
             ops.add_(m, d, alpha=c.one_minus_dampening)
         s = ops.add(d, m, alpha=c.momentum, out=scratch) if c.nesterov else m
     ops.add_(p, s, alpha=-c.lr)
+    if start is not None:
+        pull_towards(ops, p, start, c.l1_threshold, c.l2_factor, frozen, scratch, distance)
+        return
     if c.l1_threshold != 0:  # v - clamp(v, -t, t) is the soft threshold, and a NaN stays one
         ops.sub_(p, ops.clamp(p, -c.l1_threshold, c.l1_threshold, out=scratch))
     if c.l2_factor != 1:
@@ -104,6 +116,10 @@ _SINGLE = SimpleNamespace(
     add=torch.add,
     clamp=torch.clamp,
     equal=torch.eq,
+    equal_each=torch.eq,
+    sub=torch.sub,
+    clear_nan_=clear_nan_,
+    where_=where_,
     copy_=Tensor.copy_,
     mul_=Tensor.mul_,
     add_=Tensor.add_,
@@ -116,6 +132,10 @@ _FOREACH = SimpleNamespace(
     add=lambda a, b, alpha, out: torch._foreach_add(a, b, alpha=alpha),
     clamp=_clamp_lists,
     equal=lambda a, b: [t == b for t in a],
+    equal_each=lambda a, b: [t == u for t, u in zip(a, b, strict=True)],
+    sub=lambda a, b, out: torch._foreach_sub(a, b),
+    clear_nan_=clear_nan_lists_,
+    where_=where_lists_,
     copy_=torch._foreach_copy_,
     mul_=torch._foreach_mul_,
     add_=torch._foreach_add_,
@@ -123,9 +143,6 @@ _FOREACH = SimpleNamespace(
     masked_fill_=_masked_fill_lists_,
 )
 
-# Elements of a chunk: what one operation leaves is still in the CPU's cache when the next reads it
-# (bench/NOTES.md).
-_CHUNK = 1 << 18
 # Below this many elements calling an operation takes longer than the operation: such tensors are
 # updated by operations on lists.
 _SMALL = 1 << 12
@@ -195,7 +212,7 @@ def _prepare_with_odd(bucket: Bucket, options: Options, odd: list[int]) -> Run:
             for original, copy in zip(originals, copies, strict=True):
                 original.copy_(copy)
         if bucket.num_zeros is not None:
-            count_zeros_into(bucket.num_zeros, bucket.params)
+            count_zeros_into(bucket.num_zeros, bucket)
 
     return run
 
@@ -203,7 +220,7 @@ def _prepare_with_odd(bucket: Bucket, options: Options, odd: list[int]) -> Run:
 @torch.no_grad()
 def _update_(bucket: Bucket, options: Options) -> None:
     """Updates a bucket: large tensors on a CPU in chunks, the others by operations on lists."""
-    workspace = _Workspace()
+    workspace = Workspace()
     coefficients: dict[torch.dtype, _Coefficients] = {}
     together: list[int] = []
     elements = 0
@@ -216,7 +233,7 @@ def _update_(bucket: Bucket, options: Options) -> None:
             for chunk in _chunks(*bucket.operands(i)):
                 _update_chunk_(chunk, coefficients[dtype], dtype, bucket.first_step, workspace)
             continue
-        if param.is_cpu and elements + size > _CHUNK:
+        if param.is_cpu and elements + size > CHUNK:
             _update_lists_(bucket.pick(together), options)
             together, elements = [], 0
         together.append(i)
@@ -224,26 +241,32 @@ def _update_(bucket: Bucket, options: Options) -> None:
     if together:
         _update_lists_(bucket.pick(together), options)
     if bucket.num_zeros is not None:
-        count_zeros_into(bucket.num_zeros, bucket.params)
+        count_zeros_into(bucket.num_zeros, bucket)
 
 
 def _update_chunk_(
-    operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
     c: _Coefficients,
     dtype: torch.dtype,
     first_step: bool,
-    workspace: _Workspace,
+    workspace: Workspace,
 ) -> None:
     """Updates a chunk of a parameter on a CPU.
 
     Tensors of another dtype are widened, and each is rounded once when it is stored again.
     """
-    param, grad, momentum_buffer, master = operands
+    param, grad, momentum_buffer, master, start = operands
     weight = param if master is None else master
     p = workspace.widened("p", weight, dtype)
     g = workspace.widened("g", grad, dtype)
     m = None if momentum_buffer is None else workspace.widened("m", momentum_buffer, dtype)
-    _update_values(_SINGLE, p, g, m, c, first_step, workspace.like("scratch", p, dtype))
+    scratch = workspace.like("scratch", p, dtype)
+    if start is None:
+        _update_values(_SINGLE, p, g, m, c, first_step, scratch=scratch)
+    else:
+        w = workspace.widened("start", start, dtype)
+        distance = workspace.like("distance", p, dtype)
+        _update_values(_SINGLE, p, g, m, c, first_step, w, scratch, distance)
     if p is not weight:
         weight.copy_(p)
     if momentum_buffer is not None and m is not None and m is not momentum_buffer:
@@ -261,11 +284,12 @@ def _update_lists_(bucket: Bucket, options: Options) -> None:
         part = bucket.pick(members)
         weights = part.params if part.master_params is None else part.master_params
         momentum_buffers = part.momentum_buffers or []
-        p, m, g = (
+        p, m, g, start = (
             [t if t.dtype is dtype else t.to(dtype) for t in tensors]
-            for tensors in (weights, momentum_buffers, part.grads)
+            for tensors in (weights, momentum_buffers, part.grads, part.starts or [])
         )
-        _update_values(_FOREACH, p, g, m, _Coefficients.of(options, dtype), part.first_step, None)
+        c = _Coefficients.of(options, dtype)
+        _update_values(_FOREACH, p, g, m, c, part.first_step, start or None)
         stored = [(weights, p), (momentum_buffers, m)]
         if part.master_params is not None:
             stored.append((part.params, p))
@@ -275,41 +299,11 @@ def _update_lists_(bucket: Bucket, options: Options) -> None:
                     target.copy_(value)
 
 
-class _Workspace:
-    """Memory on a CPU for intermediate values, the same for all chunks of a step.
-
-    New memory for each chunk would be given back to the operating system and taken from it each
-    time, which clears it page by page: that took as long as the arithmetic (bench/NOTES.md).
-    """
-
-    def __init__(self) -> None:
-        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def like(self, use: str, model: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor of the model's shape, for one use at a time."""
-        size = model.numel()
-        memory = self._memory.get((use, dtype))
-        if memory is None or memory.numel() < size:
-            # On the model's device, whatever the default device is.
-            memory = torch.empty(max(size, _CHUNK), dtype=dtype, device=model.device)
-            self._memory[use, dtype] = memory
-        shape = model.shape
-        if len(shape) == 1:
-            return memory if memory.numel() == size else memory[:size]
-        if len(shape) == 4 and model.is_contiguous(memory_format=torch.channels_last):
-            return memory.as_strided(shape, model.stride())
-        return memory[:size].view(shape)
-
-    def widened(self, use: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor in another dtype; itself where it has it."""
-        return tensor if tensor.dtype is dtype else self.like(use, tensor, dtype).copy_(tensor)
-
-
 def _chunks(*operands: Tensor | None) -> Iterable[Any]:
     """A parameter's operands, cut into chunks if they are large and laid out alike."""
     given = [t for t in operands if t is not None]
     size = given[0].numel()
-    if size <= _CHUNK:
+    if size <= CHUNK:
         return (operands,)
     if all(t.is_contiguous() for t in given):
         flat = [None if t is None else t.detach().view(-1) for t in operands]
@@ -319,14 +313,21 @@ def _chunks(*operands: Tensor | None) -> Iterable[Any]:
         flat = [None if t is None else t.detach().permute(0, 2, 3, 1).view(-1) for t in operands]
     else:
         return (operands,)
-    return zip(*(repeat(None) if t is None else torch.split(t, _CHUNK) for t in flat), strict=False)
+    return zip(*(repeat(None) if t is None else torch.split(t, CHUNK) for t in flat), strict=False)
 
 
-def count_zeros_into(num_zeros: Tensor, params: Sequence[Tensor]) -> None:
-    """Writes the number of zeros of each parameter."""
-    torch.stack([count_zeros(p) for p in params], out=num_zeros)
+def count_zeros_into(num_zeros: Tensor, bucket: Bucket) -> None:
+    """Writes how many weights of each parameter are zero, or at their start where it has one."""
+    starts = bucket.starts or repeat(None)
+    counts = [count_zeros(p, start) for p, start in zip(bucket.params, starts, strict=False)]
+    torch.stack(counts, out=num_zeros)
 
 
-def count_zeros(tensor: Tensor) -> Tensor:
-    """The number of zeros, of either sign, as a tensor; takes no memory for each element."""
+def count_zeros(tensor: Tensor, start: Tensor | None = None) -> Tensor:
+    """The number of zeros, of either sign, as a tensor; takes no memory for each element.
+
+    With a start: of the elements that are equal to what it is in their dtype.
+    """
+    if start is not None:
+        return torch.count_nonzero(tensor == start.to(tensor.dtype))
     return tensor.numel() - torch.count_nonzero(tensor)

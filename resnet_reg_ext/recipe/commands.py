@@ -1,4 +1,4 @@
-"""``resnet-reg train``, ``compare``, ``path`` and ``evaluate``."""
+"""``resnet-reg train``, ``compare``, ``path``, ``evaluate`` and ``patch``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from . import compare, evaluate
+from . import compare, evaluate, patch_command
 from .callbacks import Stopped
 from .files import RecipeError
 from .options import Parser, add_run_options, config_arguments, run_from
@@ -207,4 +207,5 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "path": _path,
     "evaluate": _evaluate,
+    "patch": patch_command.run,
 }

@@ -81,6 +81,34 @@ MUTANTS = [
         "rounding_mode",
     ),
     Mutant(
+        "starts of any dtype",
+        LISTS,
+        "dtypes[kStart] != dtypes[weight]",
+        "false",
+        "odd_start",
+    ),
+    Mutant(
+        "starts ignored",
+        LAUNCH,
+        "operands.front().start != nullptr",
+        "false",
+        "return_exactly",
+    ),
+    Mutant(
+        "vectors short of their start by a rounding",
+        "cpu/avx2.h",
+        "return keep(equal(a, b), mask);",
+        "return keep(equal(a, b), mask & 0x3fffffffu);",
+        "return_exactly",
+    ),
+    Mutant(
+        "zeros counted where there are starts",
+        "cpu/elements.cpp",
+        "  if constexpr (V::kCounts && V::kTowardsStart) {\n    typename T::Param",
+        "  if constexpr (false) {\n    typename T::Param",
+        "return_exactly",
+    ),
+    Mutant(
         "GIL held", "bindings.cpp", "  const py::gil_scoped_release release;\n", "", "during_a_step"
     ),
     Mutant(

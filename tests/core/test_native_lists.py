@@ -47,8 +47,8 @@ def options(**chosen):
     return _C.Options(**(defaults | chosen))
 
 
-def read(params, grads, momentum_buffers=None, master_params=None, num_zeros=0):
-    return reader().read(params, grads, momentum_buffers, master_params, num_zeros)
+def read(params, grads, momentum_buffers=None, master_params=None, num_zeros=0, starts=None):
+    return reader().read(params, grads, momentum_buffers, master_params, num_zeros, starts)
 
 
 def step(reading, threads=1, **chosen):
@@ -281,3 +281,34 @@ def test_options_are_all_given_and_by_name(wrong):
         _C.Options(**names)
     with pytest.raises(TypeError):
         _C.Options(0.1)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 37, 70])
+def test_weights_return_exactly_to_their_starts_and_are_counted(size):
+    """In vectors and one by one. 1.1 - (1.1 - 0.3) isn't 0.3."""
+    start = array(np.resize([0.3, -0.7, 1e-3], size))
+    p, g = array(np.resize([1.1, -0.7, 0.2], size)), array(np.resize([0.0, 0.25, 4.0], size))
+    num_zeros = np.zeros(1, np.int64)
+    reading = read([p], [g], num_zeros=num_zeros.ctypes.data, starts=[start])
+    assert not reading.misfits
+    step(reading, lr=1.0, l1=1.0)
+    away = np.arange(size) % 3 == 2
+    np.testing.assert_array_equal(p[~away], start[~away])
+    np.testing.assert_allclose(p[away], 0.2 - 4.0 + 1.0, rtol=1e-6)  # one rounding or two
+    assert num_zeros[0] == np.count_nonzero(~away)
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (array([1.0, 2.0], "float64"), "another shape, device or dtype"),
+        (array([1.0]), "another shape, device or dtype"),
+        (array([1.0, 2.0], device=(CUDA, 0)), "another shape, device or dtype"),
+        (array([1.0, 0.0, 2.0])[::2], "another memory layout"),
+    ],
+    ids=["dtype", "shape", "device", "layout"],
+)
+def test_an_odd_start_is_told(start, said):
+    (misfit,) = read([array([1.0, 2.0])], [array([0.0, 0.0])], starts=[start]).misfits
+    assert said in misfit.reason
+    assert misfit.layout_only is ("layout" in said)

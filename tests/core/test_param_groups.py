@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -679,3 +680,41 @@ def test_training_under_a_strong_l1_stays_finite(kind):
     if kind == "conv":
         magnitude = model[1].parametrizations.weight.original0
         assert (magnitude == 0).any()  # or L1 was too weak to show anything
+
+
+def pretrained_net():
+    return nn.Sequential(
+        OrderedDict(
+            [("conv", nn.Conv2d(3, 4, 3)), ("bn", nn.BatchNorm2d(4)), ("fc", nn.Linear(4, 2))]
+        )
+    )
+
+
+def test_param_groups_pull_pretrained_weights_to_the_start_and_new_ones_to_zero():
+    groups = param_groups(pretrained_net(), toward="start", new="fc.*", l1=0.1, weight_decay=0.2)
+    optimizer = ProxSGD(groups)
+    names = {
+        (g["toward"], g["l1"], g["weight_decay"]): g["param_names"] for g in optimizer.param_groups
+    }
+    assert names == {
+        ("start", 0.1, 0.2): ["conv.weight"],
+        ("zero", 0.1, 0.2): ["fc.weight"],
+        ("zero", 0.0, 0.0): ["conv.bias", "bn.weight", "bn.bias", "fc.bias"],
+    }
+    assert [g["l1"] for g in groups] == [0.1, 0.1, 0.0]  # the regularised ones first, as without
+    for plain in param_groups(pretrained_net()):
+        assert "toward" not in plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"new": "fc.*"}, "new is 'fc.\\*' with toward='zero'.*needs toward='start'"),
+        ({"toward": "start", "new": "head.*"}, "new matches no parameter: \\['head.\\*'\\]"),
+        ({"toward": "here"}, "param_groups: toward is 'here': must be one of"),
+    ],
+    ids=["new without start", "no match", "another target"],
+)
+def test_param_groups_refuse(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        param_groups(pretrained_net(), **arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import subprocess
 from collections.abc import Callable, Sequence
@@ -117,9 +118,9 @@ def draw(size: int, dtype: str, rng: np.random.Generator, threshold: float) -> n
 
 @dataclass
 class Tensor:
-    """A parameter with gradient, momentum and master, as storage; skews are in elements.
+    """A parameter with gradient, momentum, master and start, as storage; skews are in elements.
 
-    The master's skew is the fourth, or the parameter's.
+    The master's skew is the fourth, or the parameter's; the start's is the fifth, or 0.
     """
 
     p: np.ndarray
@@ -127,13 +128,14 @@ class Tensor:
     m: np.ndarray
     skews: tuple[int, ...] = (0, 0, 0)
     w: np.ndarray | None = None
+    start: np.ndarray | None = None
 
 
 def make_tensors(
     sizes: Sequence[int],
     dtype: str,
     seed: int = 0,
-    skews: Sequence[tuple[int, int, int]] | None = None,
+    skews: Sequence[tuple[int, ...]] | None = None,
     threshold: float = 0.03,
 ) -> list[Tensor]:
     rng = np.random.default_rng(seed)
@@ -147,6 +149,21 @@ def make_tensors(
         master = draw(n, "float32", rng, threshold) if storage.master else None
         tensors.append(Tensor(*stored, skews=next(cycle), w=master))
     return tensors
+
+
+def with_starts(tensors: Sequence[Tensor], dtype: str, seed: int = 0) -> list[Tensor]:
+    """The tensors with starts: where the weight is, near it, far from it, and special values."""
+    rng = np.random.default_rng(seed)
+    weight = STORAGES[dtype].weight
+    made = []
+    for t in tensors:
+        here = t.p if t.w is None else t.w
+        with np.errstate(all="ignore"):
+            near = to_values(here, weight) * rng.choice([0.98, 1.0, 1.01], len(here))
+        choices = [here, to_bits(near, weight), draw(len(here), weight, rng, 0.03)]
+        start = np.choose(rng.integers(0, 3, len(here)), choices).astype(here.dtype)
+        made.append(dataclasses.replace(t, start=start))
+    return made
 
 
 def signed_zeros(dtype: str) -> Tensor:
@@ -176,13 +193,14 @@ def installed_plan(
     options: dict[str, Any],
     device_values: dict[str, int] | None = None,
     capacity: int = 0,
+    starts: Sequence[int] = (),
 ) -> list[dict[str, Any]]:
     """The plan of the installed module."""
     from resnet_reg_ext import _C
 
     values = _C.DeviceValues(**(device_values or {}))
     launches: list[dict[str, Any]] = _C.plan_prox_sgd_cuda(
-        storage, rows, _C.Options(**options), values, capacity
+        storage, rows, _C.Options(**options), values, capacity, list(starts)
     )
     return launches
 
@@ -209,11 +227,12 @@ extern "C" bool set_option(const char* name, double value) { return set(options,
 extern "C" bool set_device_value(const char* name, uint64_t address) {
   return set(device_values, name, address);
 }
-extern "C" long plan(int storage, long count, uint64_t* rows, long capacity) {
+extern "C" long plan(int storage, long count, uint64_t* rows, long capacity, uint64_t* starts) {
   std::vector<Operands> operands;
   for (long i = 0; i < count; ++i, rows += 6) {
     operands.push_back({(void*)rows[0], (const void*)rows[1], (void*)rows[2], (void*)rows[3],
-                        (int64_t)rows[5], (int64_t*)rows[4]});
+                        starts ? (const void*)starts[i] : nullptr, (int64_t)rows[5],
+                        (int64_t*)rows[4]});
   }
   try {
     launches = cuda::plan(operands, static_cast<Storage>(storage), options, device_values,
@@ -246,7 +265,9 @@ def compile_plan(csrc: Path, out: Path, defines: Sequence[str] = ()) -> Plan:
     code.set_option.restype = ctypes.c_bool
     code.set_device_value.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
     code.set_device_value.restype = ctypes.c_bool
-    code.plan.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_void_p, ctypes.c_long]
+    code.plan.argtypes = [
+        *(ctypes.c_int, ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p)
+    ]
 
     def plan(
         storage: str,
@@ -254,6 +275,7 @@ def compile_plan(csrc: Path, out: Path, defines: Sequence[str] = ()) -> Plan:
         options: dict[str, Any],
         device_values: dict[str, int] | None = None,
         capacity: int = 0,
+        starts: Sequence[int] = (),
     ) -> list[dict[str, Any]]:
         for name, value in options.items():
             assert code.set_option(name.encode(), value), name
@@ -261,8 +283,10 @@ def compile_plan(csrc: Path, out: Path, defines: Sequence[str] = ()) -> Plan:
             assert code.set_device_value(name.encode(), (device_values or {}).get(name, 0)), name
         table = np.array(rows, np.uint64).reshape(-1, 6)
         number = list(STORAGES).index(storage)
+        column = np.array(starts, np.uint64)
+        at = column.ctypes.data if len(column) else None
         launches = []
-        for i in range(code.plan(number, len(table), table.ctypes.data, capacity)):
+        for i in range(code.plan(number, len(table), table.ctypes.data, capacity, at)):
             parameters = ctypes.create_string_buffer(code.bytes(i))
             code.copy(i, parameters)
             launches.append(
@@ -331,6 +355,7 @@ def execute(
     types = [BITS[d] for d in (storage.param, storage.param, storage.momentum)]
     with_momentum = options.get("momentum", 0.0) != 0
     places = []
+    starts: list[int] = []
     for i, t in enumerate(tensors):
         sp, sg, sm = (s * d().itemsize for s, d in zip(t.skews[:3], types, strict=True))
         # A parameter with a master is only written.
@@ -352,6 +377,13 @@ def execute(
         if count_zeros:
             z = arena.allocate(8, name=f"zeros {i}", data=np.zeros(8, np.uint8))
         places.append((p, g, m, w, z))
+        if t.start is not None:
+            skew = (*t.skews, 0, 0)[4] * t.start.itemsize
+            data = t.start.view(np.uint8)
+            place = arena.allocate(
+                t.start.nbytes, skew=skew, name=f"start {i}", data=data, writable=False
+            )
+            starts.append(place.address)
     rows = [
         (*(place.address if place else 0 for place in row), len(t.p))
         for row, t in zip(places, tensors, strict=True)
@@ -365,7 +397,7 @@ def execute(
         ).address
         given[name] = 123.0
     given.pop("found_inf", None)
-    launches = plan(dtype, rows, named_options(given, first), device_values, capacity)
+    launches = plan(dtype, rows, named_options(given, first), device_values, capacity, starts)
     outcome = Outcome([], [])
     for launch in launches:
         outcome.results.append(
@@ -405,7 +437,10 @@ def expected(
         g = to_values(t.g, storage.param)
         by_mode = {k: v for k, v in options.items() if k != "proximal"}
         by_mode["l2_mode"] = "proximal" if options.get("proximal") else "coupled"
-        p, m = reference.step(p, g, m, storage.weight, momentum_dtype=storage.momentum, **by_mode)
+        start = None if t.start is None else to_values(t.start, storage.weight)
+        p, m = reference.step(
+            p, g, m, storage.weight, momentum_dtype=storage.momentum, start=start, **by_mode
+        )
         params.append(to_bits(p, storage.param))
         if with_momentum:
             momenta.append(to_bits(m, storage.momentum))
@@ -439,8 +474,18 @@ def differing(outcome: Outcome, wanted: tuple[list[np.ndarray], ...], dtype: str
     }
 
 
-def zeros_in(params: Sequence[np.ndarray], dtype: str) -> list[int]:
-    return [int(np.count_nonzero(to_values(p, STORAGES[dtype].param) == 0)) for p in params]
+def zeros_in(params: Sequence[np.ndarray], dtype: str, tensors: Sequence[Tensor] = ()) -> list[int]:
+    """The zeros of parameters, or where the tensors have starts, what is at them."""
+    storage = STORAGES[dtype]
+    counts = []
+    for p, t in itertools.zip_longest(params, tensors):
+        target: Any = 0
+        if t is not None and t.start is not None:
+            with np.errstate(all="ignore"):
+                rounded = to_bits(to_values(t.start, storage.weight), storage.param)
+            target = to_values(rounded, storage.param)
+        counts.append(int(np.count_nonzero(to_values(p, storage.param) == target)))
+    return counts
 
 
 def boundary_sizes(dtype: str) -> list[int]:

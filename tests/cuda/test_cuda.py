@@ -138,6 +138,9 @@ STORAGE = {
     "zeros counted": (DTYPES, {"track_sparsity": True}),
     "proximal": (DTYPES, {"l2_mode": "proximal", "maximize": True}),
     "without momentum": (DTYPES, {"momentum": 0.0}),
+    "start": (DTYPES, {"toward": "start", "track_sparsity": True}),
+    "start and masters": ([torch.bfloat16], {"toward": "start", "master_weights": True}),
+    "start, proximal": (DTYPES, {"toward": "start", "l2_mode": "proximal"}),
 }
 
 
@@ -256,6 +259,17 @@ def test_capturing_what_would_not_follow_is_refused():
             optimizer.step()
         w.grad.add_(0.0)  # an empty graph would be warned of
     assert (w == -1.0).all()
+
+
+def test_a_start_that_a_graph_would_take_anew_is_refused():
+    w = torch.nn.Parameter(torch.zeros(1000, device=DEVICE))
+    w.grad = torch.ones_like(w)
+    optimizer = ProxSGD([w], lr=1.0, momentum=0.0, l1=0.1, toward="start", capturable=True)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        with pytest.raises(RuntimeError, match=r"param_groups\[0\].*one step before the capture"):
+            optimizer.step()
+        w.grad.add_(0.0)  # an empty graph would be warned of
+    assert (w == 0.0).all()
 
 
 def test_compute_sanitizer_finds_nothing():

@@ -15,7 +15,9 @@ from kernel_figures import SHIPPED, resources
 # 65,536 registers of an SM are 64 for each thread of 32 warps. That many warps have
 # 1,024 * 5 * 16 bytes in flight, several times the bandwidth times the latency of memory.
 MOST_REGISTERS = 64
-KERNELS = {f"prox_sgd_{storage}" for storage in harness.STORAGES}
+KERNELS = {
+    f"prox_sgd_{storage}{toward}" for storage in harness.STORAGES for toward in ("", "_start")
+}
 
 
 # 16-byte loads in flight: all that a thread reads before it computes.
@@ -28,6 +30,14 @@ LOADS = {
     "prox_sgd_bfloat16_master": 4,
     "prox_sgd_bfloat16_master_momentum_bfloat16": 2,
     "prox_sgd_float16_master": 4,
+    "prox_sgd_float32_start": 8,
+    "prox_sgd_float64_start": 4,
+    "prox_sgd_float16_start": 4,
+    "prox_sgd_bfloat16_start": 4,
+    "prox_sgd_float32_momentum_bfloat16_start": 6,
+    "prox_sgd_bfloat16_master_start": 6,
+    "prox_sgd_bfloat16_master_momentum_bfloat16_start": 4,
+    "prox_sgd_float16_master_start": 6,
 }
 
 

@@ -7,6 +7,7 @@ must catch it, not just any.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,84 @@ MUTANTS = [
         "first_step ? MomentumMode::first_step : MomentumMode::running",
         "MomentumMode::running",
         "uninitialised",
+    ),
+    # towards a start
+    Mutant(
+        "start missed by a rounding",
+        PROX,
+        "choose(equal(pull, u, all), start, sub_(v, pull))",
+        "sub_(v, pull)",
+        "bytes",
+    ),
+    Mutant(
+        "weight decay towards zero",
+        UPDATE,
+        "descend(c, mode, form, p, sub_(p, start), g, m)",
+        "descend(c, mode, form, p, p, g, m)",
+        "bytes",
+    ),
+    Mutant(
+        "ridge factor applied to the weight itself",
+        PROX,
+        "fma_(factor, sub_(p, start), start)",
+        "fma_(factor, p, start)",
+        "bytes",
+    ),
+    Mutant(
+        "ridge factor of 1 rounds",
+        PROX,
+        "choose(equal(factor, C(1), all), p, scaled)",
+        "scaled",
+        "bytes",
+    ),
+    Mutant(
+        "infinities less their start become NaN",
+        PROX,
+        "choose(equal(u, u, all), clamp_(u, t), C(0))",
+        "u == u ? clamp_(u, t) : u",
+        "bytes",
+    ),
+    Mutant(
+        "no l1 taken for a threshold of 0",
+        PROX,
+        "return choose(equal(t, C(0), all), v, moved);",
+        "return moved;",
+        "bytes",
+    ),
+    Mutant(
+        "frozen weights become zero",
+        UPDATE,
+        "choose(stays, start, moved)",
+        "choose(stays, C(0), moved)",
+        "bytes",
+    ),
+    Mutant(
+        "starts are taken from the weights",
+        KERNEL,
+        "read(t.start + at + k * stride, start[k])",
+        "read(t.weight + at + k * stride, start[k])",
+        "bytes",
+    ),
+    Mutant(
+        "alignment of the start forgotten",
+        KERNEL,
+        "(!kStart || aligned<N>(arrays.start))",
+        "true",
+        "misaligned",
+    ),
+    Mutant(
+        "zeros counted instead of what is at its start",
+        KERNEL,
+        "if constexpr (kStart) {\n        num_zeros +=",
+        "if constexpr (false) {\n        num_zeros +=",
+        "zeros",
+    ),
+    Mutant(
+        "kernel towards zero launched for starts",
+        PLAN,
+        '(towards_start ? "_start" : "")',
+        '""',
+        "bytes",
     ),
     # the kernel
     Mutant(
@@ -351,7 +430,7 @@ def run(build: Build, dtype, tensors, options, **more) -> set[str]:
         zeros = [0] * len(tensors)
     else:
         wanted = harness.expected(dtype, tensors, options, first)
-        zeros = harness.zeros_in(wanted[0], dtype)
+        zeros = harness.zeros_in(wanted[0], dtype, tensors)
     if any(harness.differing(outcome, wanted, dtype).values()):
         failed.add("bytes")
     if outcome.zeros != zeros:
@@ -378,7 +457,28 @@ def check_memory(build: Build) -> set[str]:
     failed |= run(build, "float32", [harness.Tensor(nothing, nothing, nothing)], PLAIN)
     failed |= run(build, "bfloat16_master", [700], MOMENTUM, skews=[(0, 0, 0, 1)])
     failed |= run(build, "bfloat16_master", SIZES, MOMENTUM)
+    failed |= check_starts(build)
     return failed | run(build, "bfloat16", [8, 4099], PLAIN)
+
+
+def check_starts(build: Build) -> set[str]:
+    """With special values, and where the start is what the weight is, near it and elsewhere."""
+    failed = set()
+    for dtype, options, skew in (
+        ("float32", NESTEROV, 0),
+        ("float32", MOMENTUM, 1),
+        ("float32", FROZEN, 0),
+        ("float64", PROXIMAL, 0),
+        ("float32", {**PROXIMAL, "lr": 1e-12}, 0),
+        ("bfloat16_master", MOMENTUM, 0),
+    ):
+        skews = [(0, 0, 0, 0, skew)]
+        tensors = harness.make_tensors([5, 0, 700, 2051], dtype, seed=8, skews=skews)
+        failed |= run(build, dtype, harness.with_starts(tensors, dtype), options)
+    # Without L1 a -0 that the gradient leaves keeps its sign, whatever the start's is.
+    signs = harness.signed_zeros("float32")
+    signs = dataclasses.replace(signs, start=harness.np.zeros_like(signs.p))
+    return failed | run(build, "float32", [signs], {"lr": 0.1, "momentum": 0.9})
 
 
 def check_rounding(build: Build) -> set[str]:

@@ -76,11 +76,21 @@ def fsdp(dtype=torch.float32, **options):
     return outcome(model, optimizer), counts
 
 
+def fsdp_towards_start():
+    """Weights, state, and how many of the weights are at their start."""
+    model = sharded(torch.float32)
+    optimizer = ProxSGD(model.named_parameters(), **OPTIONS, toward="start", track_sparsity=True)
+    train(model, optimizer)
+    return outcome(model, optimizer), optimizer.sparsity().to_dict()
+
+
 # Model and optimizer of the checkpoints: what is float32 beside bfloat16 must stay so.
 SAVED = {
     "float32": (torch.float32, {}),
     "masters": (torch.bfloat16, {"master_weights": True}),
     "momentum": (torch.float32, {"momentum_dtype": torch.bfloat16}),
+    "start": (torch.float32, {"toward": "start"}),
+    "start, masters": (torch.bfloat16, {"toward": "start", "master_weights": True}),
 }
 
 
@@ -263,6 +273,7 @@ def main(folder: Path) -> None:
         "fsdp": fsdp(),
         "fsdp, tracked": fsdp(track_sparsity=True),
         "fsdp, pure": fsdp(fused=False),
+        "fsdp, start": fsdp_towards_start(),
         "fsdp, master weights": fsdp(torch.bfloat16, master_weights=True),
         **{f"checkpoint of one, {kind}": checkpoints(folder, kind) for kind in SAVED},
         "placements": placements(mesh),

@@ -87,6 +87,16 @@ def test_fsdp_gives_the_bits_of_one_process(processes, name):
         assert counts == zeros
 
 
+def test_fsdp_towards_the_start_gives_the_bits_of_one_process(processes):
+    model, optimizer = alone(options={**OPTIONS, "toward": "start"})
+    at_start = sparsity(optimizer).to_dict()
+    assert at_start["zeros"] > 100
+    for results in processes:
+        found, counts = results["fsdp, start"]
+        assert_same_outcome(found, model, optimizer)
+        assert counts == at_start
+
+
 def test_fsdp_with_master_weights(processes):
     model, optimizer = alone(torch.bfloat16, {**OPTIONS, "master_weights": True})
     for results in processes:

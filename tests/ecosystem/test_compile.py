@@ -88,6 +88,8 @@ OPTIONS = {
     "fused": {"fused": True},
     "pure": {"fused": False},
     "bfloat16 momentum": {"momentum_dtype": torch.bfloat16},
+    "towards the start": {"toward": "start", "weight_decay": 1e-2},
+    "towards the start, no momentum": {"toward": "start", "momentum": 0.0},
 }
 
 
@@ -98,8 +100,10 @@ def test_the_same_bits_as_outside(options):
     for number in range(4):
         take_steps(step, ours, expected, [number])
         assert_same_run(ours, expected, f"step {number}")
-    assert graphs() == (1 if options.get("momentum") == 0 else 2)  # that of the first step, others
-    assert sparsity(ours[0]).zeros > 5
+    # That of the first step, which creates state if there is any, and that of the others.
+    has_state = options.get("momentum") != 0 or "toward" in options
+    assert graphs() == (2 if has_state else 1)
+    assert sparsity(ours[1]).zeros > 5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -340,6 +344,21 @@ def test_a_momentum_that_is_a_tensor_and_comes_to_be_zero():
         assert_same(p, q)
 
 
+def test_a_start_asked_for_after_compiling():
+    """The master weights are the start then, not what they round to."""
+    options = {"lr": 0.05, "l1": 0.1, "master_weights": True}
+    ours, expected = pair(lambda m: ProxSGD(m.named_parameters(), **options), torch.bfloat16)
+    step = compiled(ours[1].step)
+    take_steps(step, ours, expected, range(2))
+    for _, optimizer in (ours, expected):
+        optimizer.param_groups[0]["toward"] = "start"
+    take_steps(step, ours, expected, range(2, 5))
+    assert_same_run(ours, expected)
+    state = [ours[1].state[p] for p in ours[0].parameters()]
+    assert all(s["start"].dtype is torch.float32 for s in state)
+    assert any((s["start"] != s["start"].bfloat16()).any() for s in state)
+
+
 def test_master_weights_asked_for_after_compiling():
     ours, expected = pair(lambda m: ProxSGD(m.named_parameters(), lr=0.05), torch.bfloat16)
     step = compiled(ours[1].step)
@@ -439,7 +458,10 @@ def test_opcheck():
         },
         "tensor_options": ["lr"],
         "buckets": [
-            {"names": ["first", "second"], "first_step": False, "momentum": True, "master": False}
+            {
+                "names": ["first", "second"],
+                **{"first_step": False, "momentum": True, "master": False, "start": True},
+            }
         ],
     }
     params = [torch.ones(3, 2), torch.ones(4)]
@@ -449,6 +471,7 @@ def test_opcheck():
         [torch.full_like(p, 0.3) for p in params],
         [torch.full_like(p, 0.1) for p in params],
         [],
+        [torch.full_like(p, 0.9) for p in params],
         [torch.tensor(0.5)],
         None,
         torch.tensor(0.5),

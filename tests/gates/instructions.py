@@ -42,6 +42,7 @@ class Case(NamedTuple):
     count_zeros: bool = False
     nesterov: bool = False
     maximize: bool = False
+    start: bool = False
 
 
 CASES = {
@@ -51,12 +52,16 @@ CASES = {
     "float32, zeros counted": Case(count_zeros=True),
     "float32, nesterov": Case(nesterov=True),
     "float32, maximize": Case(maximize=True),
+    "float32, towards the start": Case(start=True),
+    "float32, towards the start, counted": Case(start=True, count_zeros=True),
     "float32, momentum in bfloat16": Case(buffer=BFLOAT16),
     "float64": Case(FLOAT64, FLOAT64),
+    "float64, towards the start": Case(FLOAT64, FLOAT64, start=True),
     "float16": Case(FLOAT16, FLOAT16),
     "float16, zeros counted": Case(FLOAT16, FLOAT16, count_zeros=True),
     "float16, master weights": Case(FLOAT16, master=True),
     "bfloat16": Case(BFLOAT16, BFLOAT16),
+    "bfloat16, towards the start, counted": Case(BFLOAT16, BFLOAT16, start=True, count_zeros=True),
     "bfloat16, zeros counted": Case(BFLOAT16, BFLOAT16, count_zeros=True),
     "bfloat16, master weights": Case(BFLOAT16, master=True),
     "bfloat16, master weights, zeros counted": Case(BFLOAT16, master=True, count_zeros=True),
@@ -80,13 +85,14 @@ def describe(m):
     return m.address, 1, 0, *m.dtype, (m.elements,), (1,)
 sizes = [0, 1, 7, 64, 65, 1000, 32768, 32769, 40000] + [512] * 100
 reader = core.TensorReader(None, describe, lambda device: 0, Memory, Memory)
-for weight, buffer, master, momentum, l1, count_zeros, nesterov, maximize in cases:
+for weight, buffer, master, momentum, l1, count_zeros, nesterov, maximize, start in cases:
     params, grads = ([Memory(n, *weight) for n in sizes] for _ in range(2))
     momenta = [Memory(n, *buffer) for n in sizes] if momentum else None
     masters = [Memory(n, 2, 32) for n in sizes] if master else None
+    starts = [Memory(n, *((2, 32) if master else weight)) for n in sizes] if start else None
     counters = (ctypes.c_int64 * len(sizes))()
     zeros = ctypes.addressof(counters) if count_zeros else 0
-    reading = reader.read(params, grads, momenta, masters, zeros)
+    reading = reader.read(params, grads, momenta, masters, zeros, starts)
     assert not reading.misfits, reading.misfits
     options = core.Options(
         lr=0.1, momentum=momentum, dampening=0.0, weight_decay=1e-4, l1=l1, nesterov=nesterov,

@@ -123,6 +123,7 @@ def test_public_names():
         "ProxSGD",
         "Sparsity",
         "TargetSparsity",
+        "apply_patch",
         "channels",
         "compact",
         "functional",
@@ -131,6 +132,7 @@ def test_public_names():
         "param_groups",
         "remove",
         "save_compact",
+        "save_patch",
         "sparsity",
         "zero_dead_columns",
     ]

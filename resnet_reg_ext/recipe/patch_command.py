@@ -1,0 +1,102 @@
+"""``resnet-reg patch``: a fine-tuned checkpoint as a patch of its initial weights, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..atomic_write import atomic_write
+from ..patch import apply_patch, save_patch
+from .files import RecipeError
+from .options import Parser
+from .processes import is_rank_zero
+from .settings import expanded
+from .weights import read_state
+
+
+def run(arguments: list[str]) -> None:
+    """``resnet-reg patch save`` and ``resnet-reg patch apply``."""
+    parser = Parser(prog="resnet-reg patch", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="action", required=True)
+    save = commands.add_parser(
+        "save", help="write what a checkpoint has otherwise than its initial weights"
+    )
+    save.add_argument(
+        "checkpoint", type=expanded, metavar="CHECKPOINT", help="the fine-tuned model"
+    )
+    apply = commands.add_parser("apply", help="make the fine-tuned model again")
+    apply.add_argument("patch", type=expanded, metavar="PATCH", help="what `save` has written")
+    for action in (save, apply):
+        action.add_argument(
+            "--start",
+            type=expanded,
+            required=True,
+            metavar="FILE",
+            help="the weights that it was tuned from, as --weights of `train` takes them",
+        )
+    save.add_argument(
+        "--out",
+        type=expanded,
+        metavar="FILE",
+        help="the patch (default: patch.safetensors beside the checkpoint)",
+    )
+    apply.add_argument(
+        "--out",
+        type=expanded,
+        metavar="FILE",
+        required=True,
+        help="where the state dict goes: .safetensors, or anything else for torch.save",
+    )
+    args = parser.parse_args(arguments)
+    if args.action == "save":
+        out = args.out or args.checkpoint.parent / "patch.safetensors"
+        said = _checked(lambda: _save(args.checkpoint, args.start, out))
+    else:
+        said = _checked(lambda: _apply(args.patch, args.start, args.out))
+    if is_rank_zero():
+        print(said)
+
+
+def _checked(action: Callable[[], str]) -> str:
+    try:
+        return action()
+    except ValueError as error:
+        raise RecipeError(
+            str(error).removeprefix("save_patch: ").removeprefix("apply_patch: ")
+        ) from (None)
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    """A file's ResNet-50; 16-bit weights in float32, as `train --weights` reads them."""
+    state, _ = read_state(path)
+    return {
+        name: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        for name, value in state.items()
+    }
+
+
+def _save(checkpoint: Path, start: Path, out: Path) -> str:
+    made = save_patch(out, _state(checkpoint), _state(start))
+    whole = checkpoint.stat().st_size
+    return (
+        f"{made.changed:,} of {made.size:,} values ({made.changed / made.size:.2%}) differ from "
+        f"{start}\n{out}: {made.file_bytes:,} bytes, where {checkpoint} has {whole:,}"
+    )
+
+
+def _apply(patch: Path, start: Path, out: Path) -> str:
+    if out.exists() and not out.is_file():
+        raise RecipeError(f"--out {out} is not a regular file")
+    result = apply_patch(_state(start), patch)
+    with atomic_write(out) as temporary:
+        if out.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file({name: t.contiguous() for name, t in result.items()}, temporary)
+        else:
+            torch.save(result, temporary)
+    return f"{out}: {len(result)} tensors, {os.path.getsize(out):,} bytes"
