@@ -124,7 +124,7 @@ _FOREACH = SimpleNamespace(
 )
 
 # Elements of a chunk: what one operation leaves is still in the CPU's cache when the next reads it
-# (bench/NOTES.md).
+# (bench/README.md).
 _CHUNK = 1 << 18
 # Below this many elements calling an operation takes longer than the operation: such tensors are
 # updated by operations on lists.
@@ -279,7 +279,7 @@ class _Workspace:
     """Memory on a CPU for intermediate values, the same for all chunks of a step.
 
     New memory for each chunk would be given back to the operating system and taken from it each
-    time, which clears it page by page: that took as long as the arithmetic (bench/NOTES.md).
+    time, which clears it page by page: that took as long as the arithmetic (bench/README.md).
     """
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import make_dist
 import pytest
 from ptx import compiler
 
@@ -22,7 +23,9 @@ WITHOUT_CUDA = {"RESNET_REG_EXT_CUDA": "0"}
 
 # Runs on a Python that has no torch: the module loads, plans a launch and takes a step.
 SMOKE = """
-import glob, importlib.util, sys
+import ctypes, glob, importlib.util, sys
+
+ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)  # torch's, where there is a torch
 
 (path,) = glob.glob(sys.argv[1] + "/resnet_reg_ext/_C*.so")
 spec = importlib.util.spec_from_file_location("_C", path)
@@ -40,7 +43,6 @@ def options(**chosen):
 assert launch["grid"] == 2 and launch["block"] == 256, launch
 class Reads:  # what the reader needs of a tensor, without torch
     pass
-import ctypes
 store = {name: (ctypes.c_float * 3)(*values) for name, values in
          {"p": (1.0, -1.0, 0.05), "g": (1.0, 1.0, 0.0)}.items()}
 tensors = {name: Reads() for name in store}
@@ -94,15 +96,8 @@ def build_wheel(python: str, source: Path, out: Path, **environment: str) -> Pat
 def test_the_wheel_builds_and_runs_on_other_pythons(
     version: str, clean_copy: Path, tmp_path: Path
 ) -> None:
-    python = shutil.which(f"python{version}")
-    works = python and run([python, "-m", "pip", "--version"]).returncode == 0
-    if not works and (pyenv := shutil.which("pyenv")):
-        found = run([pyenv, "prefix", "--", version]).stdout.strip()
-        versions = Path(found).parent if found else Path.home() / ".pyenv" / "versions"
-        candidates = sorted(versions.glob(f"{version}.*/bin/python"))
-        python = str(candidates[-1]) if candidates else None
-        works = python is not None
-    if not works or python is None:
+    python = make_dist.pythons().get((3, int(version.removeprefix("3."))))
+    if python is None:
         pytest.skip(f"there is no Python {version} on this machine")
     wheel = build_wheel(python, clean_copy, tmp_path)
     with zipfile.ZipFile(wheel) as archive:
@@ -319,7 +314,8 @@ def test_chosen_architectures_are_built(
     assert "5.2 is left out, too old" in result.stdout
     (module,) = clean_copy.glob("build/lib*/resnet_reg_ext/_C*.so")
     script = (
-        "import importlib.util, sys\n"
+        "import ctypes, importlib.util, sys\n"
+        "ctypes.CDLL('libgomp.so.1', mode=ctypes.RTLD_GLOBAL)\n"
         "spec = importlib.util.spec_from_file_location('_C', sys.argv[1])\n"
         "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)\n"
         "print(m.build_info()['cuda_architectures'])\n"
