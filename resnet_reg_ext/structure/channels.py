@@ -54,8 +54,13 @@ def channels(model: nn.Module, example_inputs: Any) -> Channels:
             the module or parameter is named.
 
     Example:
-        >>> for one in channels(resnet50(), torch.rand(1, 3, 64, 64)):
-        ...     print(one.name, one.size, [rows.tensor for rows in one.producers])
+        >>> found = channels(resnet18(), torch.rand(1, 3, 32, 32))
+        >>> len(found), found.total
+        (12, 2880)
+        >>> found[0].name, found[0].size
+        ('conv1', 64)
+        >>> [rows.tensor for rows in found[0].producers]
+        ['conv1.weight', 'bn1.weight', 'bn1.bias']
     """
     check_model(model, "channels")
     with torch.inference_mode(False), torch.enable_grad(), _no_autocast(model):

@@ -87,8 +87,8 @@ def compact(
 
     Example:
         >>> result = compact(model, images[:1], optimizer)
-        >>> print(result.report)
         >>> model = result.model
+        >>> before, after = result.report.channels
     """
     check_model(model, "compact")
     found = _checked_sets(model, example_inputs, sets, "compact")
@@ -188,6 +188,12 @@ def zero_dead_columns(model: nn.Module, sets: Channels, optimizer: Optimizer | N
 
     Raises:
         ValueError: the sets are another model's.
+
+    Example:
+        >>> sets = channels(model, images[:1])
+        >>> optimizer.step()
+        >>> zero_dead_columns(model, sets, optimizer)
+        0
     """
     _checked_sets(model, None, sets, "zero_dead_columns")
     tensors = tensors_of(model)

@@ -46,6 +46,10 @@ def save_compact(
     Raises:
         ValueError: no model of torchvision's has its layers; a parameter isn't an ordinary tensor.
         OSError: the file can't be written.
+
+    Example:
+        >>> model = remove(model, images[:1], share=0.5).model
+        >>> save_compact("small.safetensors", model)
     """
     path = _regular(file, "save_compact")
     state = {name: value.detach() for name, value in model.state_dict().items()}
@@ -96,6 +100,10 @@ def load_compact(file: str | os.PathLike[str], model: nn.Module | None = None) -
         ValueError: the file is damaged, is something else, or doesn't fit together; what is wrong
             is named.
         OSError: it can't be read.
+
+    Example:
+        >>> save_compact("small.safetensors", model)
+        >>> model = load_compact("small.safetensors")
     """
     path = _regular(file, "load_compact")
     with path.open("rb"):

@@ -60,6 +60,11 @@ def importance(
 
     Raises:
         ValueError: an unknown method, a model that channels can't be taken out of, or no batch.
+
+    Example:
+        >>> scores = importance(model, loader, max_batches=20)
+        >>> scores["layer1.0.conv1"].shape
+        torch.Size([64])
     """
     check_model(model, "importance")
     if method not in ("taylor", "magnitude"):
@@ -193,6 +198,13 @@ def remove(
     Raises:
         ValueError: an option is out of its range, more is asked than ``min_keep`` allows, or the
             scores aren't these sets'. Nothing has changed.
+
+    Example:
+        >>> scores = importance(model, loader)
+        >>> result = remove(
+        ...     model, images[:1], share=0.5, importance=scores, optimizer=optimizer
+        ... )
+        >>> model = result.model
     """
     check_model(model, "remove")
     if (share is None) == (macs is None):
