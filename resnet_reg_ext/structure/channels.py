@@ -25,17 +25,17 @@ _WRAPPERS = {
 
 
 def channels(model: nn.Module, example_inputs: Any) -> Channels:
-    """Finds which channels of which layers can only be taken out together.
+    """Finds the sets of coupled channels: those that can only be taken out together.
 
     A channel is a row of the layers that produce it and a column of the layers that read it. Layers
-    whose outputs are added, as in a residual stream, share their channels; of a convolution with
-    groups the smallest part is a whole group.
+    whose outputs are added, as in a residual stream, share their channels. In a convolution with
+    groups the smallest unit is a whole group.
 
     torch-pruning's dependency graph (Fang et al., *DepGraph: Towards any structural pruning*, 2023)
-    gives candidates. Each is tried out on a copy with random float64 weights: half of its channels
-    are set to zero, then taken out, and the outputs must be equal to 1e-9 of their size. What
-    isn't is in ``excluded``, with the module that stands in the way: a LayerNorm mixes channels,
-    a sigmoid makes 0.5 of a zero.
+    gives the candidates. Each is tried out on a copy with random float64 weights: half of its
+    channels are set to zero and then taken out, and the outputs must agree to a relative 1e-9. A
+    set that fails is listed in ``excluded`` with the module that prevents the removal: a LayerNorm
+    mixes channels, for example, and a sigmoid turns 0 into 0.5.
 
     Args:
         model: any module; it isn't changed, and its hooks aren't run.
