@@ -57,10 +57,10 @@ def channels(model: nn.Module, example_inputs: Any) -> Channels:
         >>> found = channels(resnet18(), torch.rand(1, 3, 32, 32))
         >>> len(found), found.total
         (12, 2880)
-        >>> found[0].name, found[0].size
-        ('conv1', 64)
-        >>> [rows.tensor for rows in found[0].producers]
-        ['conv1.weight', 'bn1.weight', 'bn1.bias']
+        >>> found[1].name, found[1].size
+        ('layer1.0.conv1', 64)
+        >>> [rows.tensor for rows in found[1].producers]
+        ['layer1.0.conv1.weight', 'layer1.0.bn1.weight', 'layer1.0.bn1.bias']
     """
     check_model(model, "channels")
     with torch.inference_mode(False), torch.enable_grad(), _no_autocast(model):

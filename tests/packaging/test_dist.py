@@ -28,7 +28,7 @@ def test_the_smoke_test_passes_here_and_fails_without_the_cuda_kernels() -> None
 
     def smoke(with_cuda: bool) -> subprocess.CompletedProcess[str]:
         script = make_dist.SMOKE.replace("WITH_CUDA", str(with_cuda))
-        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
 
     passed = smoke(has_cuda)
     assert passed.returncode == 0, passed.stderr
