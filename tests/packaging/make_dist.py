@@ -10,6 +10,7 @@ libgomp but torch's. The environments (some gigabytes each) are kept in FOLDER f
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -46,6 +47,7 @@ print("fused step with", native._C.simd_level(), "and", *mapped)
 SYSTEM_LIBGOMP = "ldconfig -p | sed -n 's/.*libgomp\\.so\\.1 .*=> //p'"
 
 
+@functools.cache
 def pythons() -> dict[tuple[int, int], str]:
     """Each CPython here that is new enough and has pip, by its version."""
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
