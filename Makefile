@@ -12,7 +12,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc resnet_reg_ext -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 WHEEL := build/wheel/.done
 
-.PHONY: demo test test-older test-python-reader test-sanitize test-matrix test-aarch64 gpu-check bench bench-quick lint format clean
+.PHONY: demo test test-older test-python-reader test-sanitize test-matrix test-aarch64 gpu-check bench bench-quick lint format dist docs clean
 
 demo: .venv/.ready-demo
 	rm -rf out/demo
@@ -67,9 +67,18 @@ test-aarch64:
 	cmp build/aarch64/here build/aarch64/there
 	@echo "the CPU kernel gives the same bits on aarch64 as here"
 
+# The source distribution and a manylinux wheel for each Python here, each tried out beside a torch
+# of its own without a compiler: downloads some 3 GB a Python.
+dist: .venv/.ready-dist
+	RESNET_REG_EXT_CUDA=$(CUDA) $(BIN)/python tests/packaging/make_dist.py --torch "$(firstword $(TORCH))"
+
 # On a machine with an NVIDIA GPU: its tests, compute-sanitizer and benchmarks, in one report file.
 gpu-check: .venv/.ready
 	$(BIN)/python tests/cuda/gpu_check.py
+
+# The documentation site, into build/docs.
+docs: .venv/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: .venv/.ready-bench
 	$(BIN)/python -m bench
@@ -113,6 +122,14 @@ $(WHEEL): $(SOURCES) | .venv/.torch
 
 .venv/.ready-bench: .venv/.ready
 	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[bench]"
+	touch $@
+
+.venv/.ready-docs: .venv/.ready
+	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[docs]"
+	touch $@
+
+.venv/.ready-dist: $(WHEEL)
+	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[dist]"
 	touch $@
 
 .venv-older/.ready: $(WHEEL)

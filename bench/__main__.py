@@ -63,11 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="report")
     report = commands.add_parser(
-        "report", help="write page and plots, and the README's tables, from a run's JSON"
+        "report",
+        help="write page and plots, and the tables of README.md and bench/README.md, from a "
+        "run's JSON",
     )
     report.add_argument("--json", type=Path, default=Path("bench/results/cpu.json"))
     report.add_argument("--readme", type=Path, help="the file whose tables are replaced")
-    report.add_argument("--check", action="store_true", help="write nothing, compare the README")
+    report.add_argument("--check", action="store_true", help="write nothing, compare the tables")
     return parser
 
 
@@ -117,14 +119,19 @@ def _against(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from . import report
 
+    files = (options.readme, report.PAGE) if options.readme else ()
     if options.check:
-        current = report.readme_is_current(options.readme, options.json)
-        print(f"{options.readme} and {options.json} {'agree' if current else 'differ'}")
-        return 0 if current else 1
-    if options.readme:
-        changed = report.update_readme(options.readme, options.json)
-        print(f"{options.readme}: {'updated' if changed else 'is up to date'}")
-    for path in report.write(options.json):
+        current = {file: report.is_current(file, options.json) for file in files}
+        for file, agrees in current.items():
+            print(f"{file} and {options.json} {'agree' if agrees else 'differ'}")
+        return 0 if all(current.values()) else 1
+    for file in files:
+        changed = report.update(file, options.json)
+        print(f"{file}: {'updated' if changed else 'is up to date'}")
+    written = report.write(options.json)
+    if files:
+        written += report.draw_readme(options.json)
+    for path in written:
         print(f"written: {path}")
     return 0
 

@@ -118,6 +118,17 @@ def step_table(table: dict[str, Any]) -> str:
     return grid(head, rows)
 
 
+def few_rows(table: dict[str, Any], remarks: dict[str, str]) -> str:
+    """Some rows of a table of steps, with remarks: time, and ProxSGD's time over it."""
+    rows = {row["key"]: row for row in table["rows"]}
+    chosen = [
+        (rows[key]["name"] + remark, time(rows[key]["ms"]), spread(rows[key]["ours_over"]))
+        for key, remark in remarks.items()
+    ]
+    own = (f"**{rows[OURS]['name']}, with L1**", f"**{time(rows[OURS]['ms'])}**", "1")
+    return grid(("step", "ms", "ProxSGD ÷ it"), [own, *chosen])
+
+
 def title(table: dict[str, Any]) -> str:
     """Model, dtype, format, threads and rounds of a table."""
     parts = [table["model"]]

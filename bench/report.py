@@ -1,4 +1,4 @@
-"""Files from a run's JSON: its page and plots, and the README's block of tables."""
+"""Files from a run: its page and plots, README's figures, and the tables of bench/README.md."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import markdown, plots
+from . import markdown, plots, readme_plots
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMMAND = "python -m bench --out bench/results"
+PAGE = Path(__file__).resolve().with_name("README.md")
+README_ROWS = {
+    "sgd_fused": ", without L1",
+    "compile_whole": "",
+    "compile_tensor": "",
+    "softshrink": "",
+    "pat": "",
+}
 
 
 def write(path: Path) -> list[Path]:
@@ -23,26 +31,31 @@ def write(path: Path) -> list[Path]:
     return [page, *drawn]
 
 
-def readme_is_current(readme: Path, path: Path) -> bool:
-    """Whether the README's block is the one that a run's JSON gives.
+def draw_readme(path: Path) -> list[Path]:
+    """Draws README's plots from a run's JSON; returns their paths."""
+    return readme_plots.draw(_read(path))
+
+
+def is_current(file: Path, path: Path) -> bool:
+    """Whether the block in README.md, or in this folder's, is the one that a run's JSON gives.
 
     Raises:
-        ValueError: the README has no place for the block.
+        ValueError: the file has no place for the block.
     """
-    text = readme.read_text(encoding="utf-8")
-    return _with_block(text, _block_of(path)) == text
+    text = file.read_text(encoding="utf-8")
+    return _with_block(text, _block_for(file, path)) == text
 
 
-def update_readme(readme: Path, path: Path) -> bool:
-    """Replaces the README's block by that of a run's JSON; returns whether it changed.
+def update(file: Path, path: Path) -> bool:
+    """Replaces the block by that of a run's JSON; returns whether it changed.
 
     Raises:
-        ValueError: the README has no place for the block.
+        ValueError: the file has no place for the block.
     """
-    text = readme.read_text(encoding="utf-8")
-    new = _with_block(text, _block_of(path))
+    text = file.read_text(encoding="utf-8")
+    new = _with_block(text, _block_for(file, path))
     if new != text:
-        readme.write_text(new, encoding="utf-8")
+        file.write_text(new, encoding="utf-8")
     return new != text
 
 
@@ -51,10 +64,25 @@ def _read(path: Path) -> dict[str, Any]:
     return results
 
 
-def _block_of(path: Path) -> str:
-    """The README's block for a run and the runs in the folder ``others`` beside its JSON."""
+def _block_for(file: Path, path: Path) -> str:
+    """Few rows for README.md; for this folder's the whole, with the runs in ``others``."""
+    results = _read(path)
+    if file.resolve() != PAGE:
+        return _few_rows(results)
     others = sorted((path.parent / "others").glob("*.json"))
-    return _block(_read(path), [_read(other) for other in others])
+    return _block(results, [_read(other) for other in others])
+
+
+def _few_rows(results: dict[str, Any]) -> str:
+    """The main table's rows that most readers would write instead, the machine and the command."""
+    main = results["tables"][0]
+    return "\n\n".join(
+        (
+            markdown.few_rows(main, README_ROWS),
+            f"{markdown.title(main)}. Median (20 % to 80 %). {markdown.machine_line(results)} "
+            f"Made by `{COMMAND}{' --quick' if results['quick'] else ''}`.",
+        )
+    )
 
 
 def _block(results: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
@@ -81,5 +109,5 @@ def _with_block(text: str, block: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the README needs a line {BEGIN} and, below it, a line {END}")
+        raise ValueError(f"it needs a line {BEGIN} and, below it, a line {END}")
     return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"

@@ -96,7 +96,7 @@ def write_ninja(tools: Toolchain, folder: Path, output: Path) -> None:
     """Writes build.ninja, which compiles all sources into the module ``output``."""
     syntax: Any = importlib.import_module("ninja.ninja_syntax")
     compiler = tools.cxx.replace("$", "$$")
-    link = ["-shared", *tools.openmp, *instrumentation(tools)[:1]]
+    link = ["-shared", *tools.openmp_link, *instrumentation(tools)[:1]]
     with (folder / "build.ninja").open("w") as stream:
         ninja = syntax.Writer(stream)
 

@@ -229,6 +229,15 @@ class Toolchain:
     avx2: list[str]  # flags; empty without
     openmp: list[str]  # flags; empty without
 
+    @property
+    def openmp_link(self) -> list[str]:
+        """Flags of OpenMP for the linker: none with GCC, as torch's libgomp is loaded first.
+
+        See backends/openmp.py. Clang's runtime is another library, which torch doesn't bring.
+        """
+        gcc = "#if defined(__clang__) || !defined(__GNUC__)\n#error\n#endif\nint main() {}"
+        return [] if links(self.cxx, [], gcc) else self.openmp
+
     @classmethod
     def found(cls) -> Toolchain:
         """What there is on this machine."""

@@ -34,6 +34,10 @@ def soft_threshold(x: Tensor, threshold: float) -> Tensor:
 
     Raises:
         ValueError: the threshold is negative, NaN, or infinite in float32.
+
+    Example:
+        >>> soft_threshold(torch.tensor([3.0, -0.5, -2.0]), 1.0)
+        tensor([ 2.,  0., -1.])
     """
     t = finite_and_not_negative(threshold, "threshold")
     return torch.where(x.abs() <= t, torch.zeros_like(x), x - x.clamp(-t, t))
@@ -59,6 +63,10 @@ def elastic_net_prox(x: Tensor, l1: float, weight_decay: float, step: float = 1.
 
     Raises:
         ValueError: a coefficient is negative, NaN, or infinite in float32.
+
+    Example:
+        >>> elastic_net_prox(torch.tensor([3.0, -0.5]), l1=1.0, weight_decay=1.0)
+        tensor([1., 0.])
     """
     s = finite_and_not_negative(step, "step")
     t = s * finite_and_not_negative(l1, "l1")
@@ -128,6 +136,12 @@ def prox_sgd_(
         TypeError: something other than a tensor is in a list. Nothing has changed then.
         ValueError: an option, a shape, a device or a dtype is wrong. Nothing has changed then.
         RuntimeError: ``fused=True`` and a tensor can't go the native way. Nothing has changed then.
+
+    Example:
+        >>> w, grad = torch.tensor([1.0, -0.125]), torch.tensor([0.5, 0.0])
+        >>> prox_sgd_([w], [grad], lr=0.5, l1=0.5)
+        >>> w
+        tensor([0.5000, 0.0000])
     """
     options = {
         "lr": lr,

@@ -96,7 +96,7 @@ class ProxSGD(Optimizer):
         RuntimeError: ``fused=True`` where the native kernel can't be used.
 
     Example:
-        >>> optimizer = ProxSGD(model.parameters(), lr=0.1, l1=1e-5, weight_decay=1e-4)
+        >>> optimizer = ProxSGD(param_groups(model, l1=1e-5, weight_decay=1e-4), lr=0.1)
         >>> loss_fn(model(input), target).backward()
         >>> optimizer.step()
 

@@ -13,12 +13,12 @@ from .sparsity import has_l1
 
 
 class BaseL1Scheduler(LRScheduler):
-    """The base of what changes l1: of the groups whose l1 is above 0 at construction.
+    """Base class of the schedulers of l1. They move the groups whose l1 is above 0 at construction.
 
-    It is an ``LRScheduler`` so that trainers step, save and restore it as one, and it has that
-    class's attributes. Where they hold learning rates there, they hold the steered groups' l1
-    here. None of that class's code is used, as it would move lr. Groups are held by index, as
-    loading a checkpoint replaces their dicts.
+    It derives from ``LRScheduler`` so that trainers step, save and restore it, and it has that
+    class's attributes, which hold l1 here instead of learning rates. None of that class's code is
+    used, as it would move lr. Groups are held by index, as loading a checkpoint replaces their
+    dicts.
     """
 
     base_lrs: list[Any]

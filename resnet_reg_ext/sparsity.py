@@ -17,20 +17,24 @@ from .backends.pure import count_zeros
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """Exact zeros of one parameter, or its weights that are exactly at their start."""
+    """Exact zeros of one parameter, or its weights that are exactly at their start.
+
+    Attributes:
+        name: the parameter's name, or its place in the groups where those have no names.
+        zeros: how many of its elements are +0 or -0; with ``at_start``, are equal to their start.
+        size: how many elements it has.
+        l1: the L1 coefficient of its group; None if counted through a model.
+        regularised: whether l1 is above 0, or was before a schedule took it to 0; None if counted
+            through a model.
+        at_start: whether its group has ``toward="start"``.
+    """
 
     name: str
-    """The parameter's name, or its place in the groups where those have no names."""
     zeros: int
-    """How many of its elements are +0 or -0; with ``at_start``, are equal to their start."""
     size: int
-    """How many elements it has."""
     l1: float | None = None
-    """The L1 coefficient of its group, where it was counted through an optimizer."""
     regularised: bool | None = None
-    """Whether l1 is above 0, or was before a schedule took it to 0; None where not known."""
     at_start: bool = False
-    """Whether its group has ``toward="start"``: weights at their start were counted, not zeros."""
 
     @property
     def fraction(self) -> float:
@@ -40,7 +44,11 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Exact zeros of all parameters. Prints as a table."""
+    """Exact zeros of all parameters. Prints as a table.
+
+    Attributes:
+        layers: one entry for each parameter.
+    """
 
     layers: tuple[LayerSparsity, ...]
 
@@ -112,8 +120,15 @@ def sparsity(source: nn.Module | Optimizer) -> Sparsity:
     Args:
         source: a module, or an optimizer, whose groups' ``l1`` is then known too.
 
+    Returns:
+        The counts, parameter by parameter; it prints as a table.
+
     Raises:
         TypeError: the source is neither.
+
+    Example:
+        >>> print(f"{sparsity(optimizer).regularised.fraction:.1%}")
+        0.0%
     """
     return count(source, {})
 

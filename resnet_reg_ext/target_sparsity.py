@@ -16,38 +16,38 @@ from .sparsity import sparsity
 class TargetSparsity(BaseL1Scheduler):
     r"""Steers l1 so that a given share of the regularised weights is zero by a given step.
 
-    All groups whose l1 is above 0 at construction are multiplied by one factor; their ratios stay.
-    In groups with ``toward="start"`` weights that are exactly at their start count as zeros do.
-    The share asked for rises from that found at ``begin`` as in Zhu and Gupta's pruning schedule,
+    The l1 of all groups that have one above 0 at construction is multiplied by one factor, so that
+    their ratios stay. In groups with ``toward="start"`` weights that are exactly at their start
+    count as zeros do. The share that is aimed at rises as in Zhu and Gupta's pruning schedule,
 
     .. math:: s(t) = s_\text{target}
               + (s_\text{begin} - s_\text{target}) (1 - (t - t_\text{begin}) / T)^3
 
-    over the first 80 % of the steps from ``begin`` to ``steps``. The factor's logarithm moves by
-    the error in the share's log-odds, looked ahead along its slope. Time is counted in parts of
-    ``steps - begin``, so that the same gains serve a run of a few hundred steps and one of a
-    million. Weights that can't move, as they require no gradient or their lr is 0, are not counted,
-    and where none can, l1 stays.
+    over the first 80 % of the steps from ``begin`` to ``steps``, where s_begin is the share found
+    at ``begin``. The controller changes the factor's logarithm in proportion to the error of the
+    share, in log-odds, extrapolated along its slope. It measures time in fractions of
+    ``steps - begin``, so the same gains work for a few hundred steps and for a million. Weights
+    that can't move, because they require no gradient or their lr is 0, aren't counted. If no weight
+    can move, l1 is left alone.
 
-    Once the share is within half a point of the target, in the second half of that time or later,
-    the groups' zeros are frozen, once, as by :meth:`resnet_reg_ext.ProxSGD.freeze_zeros`: the
-    share stays what it is, and the weights that are left are trained on without L1's bias. With
-    ``freeze=False`` steering goes on instead. A single batch with large gradients then moves
-    weights off zero, for a few steps, faster than l1 can answer: only the share's average is held,
-    and in a noisy run by a point or two.
+    When the share is within half a percentage point of the target, in the second half of that time
+    or later, the groups' zeros are frozen, as by :meth:`resnet_reg_ext.ProxSGD.freeze_zeros`: the
+    share no longer changes, and the other weights train on without the shrinkage of L1. With
+    ``freeze=False`` the controller goes on instead, and holds the share only on average: a single
+    batch with large gradients moves weights off zero, for a few steps, faster than l1 can follow.
 
-    Don't move these groups' l1 otherwise meanwhile; lr may follow any schedule. Nothing happens
-    while zeros are frozen, whoever has frozen them.
+    Meanwhile, don't change these groups' l1 in another way; lr may follow any schedule. While zeros
+    are frozen, by this class or by you, the controller does nothing.
 
     Args:
         optimizer: a :class:`resnet_reg_ext.ProxSGD`. Its l1 is where the search starts.
         target: the share of exact zeros in the steered groups, in (0, 1) (default: 0.9).
-        steps: at which call of :meth:`step` the target is to be reached. The fewer there
-            are, the larger are the adjustments; 160 were enough for a ResNet-50 on digits.
-        begin: up to which call l1 is left as it is (default: 0).
-        every: at how many calls to count and adjust (default: a thousandth of the time from
-            ``begin`` to ``steps``, at least 1). Counting reads the weights, also where the
-            optimizer has ``track_sparsity=True``, so that changes by ``p.data`` are seen.
+        steps: the call of :meth:`step` by which the target is to be reached. Fewer steps mean
+            larger adjustments; 160 were enough for a ResNet-50 on digits.
+        begin: the call of :meth:`step` up to which l1 is left alone (default: 0).
+        every: count and adjust at every so many calls (default: a thousandth of the time from
+            ``begin`` to ``steps``, at least 1). Counting reads the weights even if the optimizer
+            has ``track_sparsity=True``, so that changes through ``p.data`` are seen.
         freeze: whether to freeze the zeros once the target is reached (default: True).
 
     Raises:
@@ -58,8 +58,8 @@ class TargetSparsity(BaseL1Scheduler):
         >>> steering = TargetSparsity(optimizer, target=0.9, steps=len(loader) * 60)
         >>> optimizer.step()
         >>> steering.step()
-        >>> if not steering.reached:
-        ...     print(f"missed: {steering.share:.1%} instead of {steering.target:.1%}")
+        >>> steering.reached  # after training: whether the share is within two points of 0.9
+        False
 
     References:
         Zhu and Gupta, *To prune, or not to prune*, 2017, eq. 1, for the curve.

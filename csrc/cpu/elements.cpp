@@ -83,7 +83,7 @@ template <typename T>
 constexpr int64_t kLine = 64 / sizeof(typename T::Weight);
 
 // How many lines before its use to ask for memory. Bandwidth times latency: Zen 5 is best with 20
-// to 64 and Zen 1 with 6 to 12 (bench/NOTES.md); newer processors are given the preference.
+// to 64 and Zen 1 with 6 to 12 (bench/README.md); newer processors are given the preference.
 constexpr int64_t kPrefetchLines = 32;
 
 // The distance in elements. Opaque to GCC, which would keep a pointer per array for a constant
@@ -96,7 +96,7 @@ inline __attribute__((always_inline)) int64_t prefetch_distance() {
 }
 
 // Prefetches the lines that hold element i, for a single use: hardware prefetchers alone leave a
-// sixth of the bandwidth unused (bench/NOTES.md). A prefetch past the end of an array is harmless.
+// sixth of the bandwidth unused (bench/README.md). A prefetch past the end of an array is harmless.
 template <typename T, typename V>
 inline __attribute__((always_inline)) void prefetch(const TypedArrays<T>& at, int64_t i) {
   __builtin_prefetch(at.param + i, 0, 0);

@@ -16,16 +16,20 @@ import torch
 from torch import Tensor
 
 from ..options import Options
+from . import openmp
 from .bucket import Bucket, Run
 from .device_values import DeviceValues
 
 _C: Any = None
 missing = ""
 """Why the native module is not there; empty where it is."""
+_openmp_runtime = openmp.load()
 try:
     _C = importlib.import_module("._C", "resnet_reg_ext")
 except ImportError as error:
     missing = f"the native module can't be used ({error})"
+    if not _openmp_runtime:
+        missing += "; neither torch nor the system has a libgomp"
 
 SIMD_VARIABLE = "RESNET_REG_EXT_SIMD"
 

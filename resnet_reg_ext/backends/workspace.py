@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Elements of a chunk: what one operation leaves is still in the CPU's cache when the next reads it
-# (bench/NOTES.md).
+# (bench/README.md).
 CHUNK = 1 << 18
 
 
@@ -14,7 +14,7 @@ class Workspace:
     """Memory on a CPU for intermediate values, the same for all chunks of a step.
 
     New memory for each chunk would be given back to the operating system and taken from it each
-    time, which clears it page by page: that took as long as the arithmetic (bench/NOTES.md).
+    time, which clears it page by page: that took as long as the arithmetic (bench/README.md).
     """
 
     def __init__(self) -> None:

@@ -25,17 +25,17 @@ _WRAPPERS = {
 
 
 def channels(model: nn.Module, example_inputs: Any) -> Channels:
-    """Finds which channels of which layers can only be taken out together.
+    """Finds the sets of coupled channels: those that can only be taken out together.
 
     A channel is a row of the layers that produce it and a column of the layers that read it. Layers
-    whose outputs are added, as in a residual stream, share their channels; of a convolution with
-    groups the smallest part is a whole group.
+    whose outputs are added, as in a residual stream, share their channels. In a convolution with
+    groups the smallest unit is a whole group.
 
     torch-pruning's dependency graph (Fang et al., *DepGraph: Towards any structural pruning*, 2023)
-    gives candidates. Each is tried out on a copy with random float64 weights: half of its channels
-    are set to zero, then taken out, and the outputs must be equal to 1e-9 of their size. What
-    isn't is in ``excluded``, with the module that stands in the way: a LayerNorm mixes channels,
-    a sigmoid makes 0.5 of a zero.
+    gives the candidates. Each is tried out on a copy with random float64 weights: half of its
+    channels are set to zero and then taken out, and the outputs must agree to a relative 1e-9. A
+    set that fails is listed in ``excluded`` with the module that prevents the removal: a LayerNorm
+    mixes channels, for example, and a sigmoid turns 0 into 0.5.
 
     Args:
         model: any module; it isn't changed, and its hooks aren't run.
@@ -54,8 +54,13 @@ def channels(model: nn.Module, example_inputs: Any) -> Channels:
             the module or parameter is named.
 
     Example:
-        >>> for one in channels(resnet50(), torch.rand(1, 3, 64, 64)):
-        ...     print(one.name, one.size, [rows.tensor for rows in one.producers])
+        >>> found = channels(resnet18(), torch.rand(1, 3, 32, 32))
+        >>> len(found), found.total
+        (12, 2880)
+        >>> found[1].name, found[1].size
+        ('layer1.0.conv1', 64)
+        >>> [rows.tensor for rows in found[1].producers]
+        ['layer1.0.conv1.weight', 'layer1.0.bn1.weight', 'layer1.0.bn1.bias']
     """
     check_model(model, "channels")
     with torch.inference_mode(False), torch.enable_grad(), _no_autocast(model):

@@ -50,31 +50,31 @@ def compact(
     """Takes out every channel whose producers are all exactly zero. The outputs stay the same.
 
     A channel's producers are its rows of convolutions and linear layers, weight and bias, and its
-    elements of norms. A channel whose rows are zero but whose bias or norm isn't would leave a
-    constant; it stays, and the report says so. Of every set at least one channel stays. A residual
-    block whose branch gives nothing but zeros becomes its shortcut (torchvision's ResNets,
+    elements of norms. A channel with zero rows but a bias or a norm that isn't zero would leave a
+    constant: it stays, and the report says so. At least one channel of every set stays. A residual
+    block whose branch gives only zeros is replaced by its shortcut (torchvision's ResNets,
     MobileNetV2 and EfficientNet, timm's ResNets).
 
     The new model has the old one's dtypes, device, memory formats, training and evaluation modes,
     ``requires_grad`` flags, gradients, buffers, and forward and backward hooks.
 
-    Training goes on as it would without the removal if :func:`zero_dead_columns` is called after
-    each step: what reads a zero channel would else be moved by weight decay and momentum, and move
-    the channel in turn. A shortcut also takes the last norm's bias away, which could have left
-    zero.
+    Training continues as it would have without the removal if :func:`zero_dead_columns` is called
+    after each step. Otherwise weight decay and momentum move the columns that read a zero channel,
+    and these may revive it. One difference remains: a block that becomes its shortcut loses the
+    last norm's bias, which could have become nonzero again.
 
     Args:
         model: any module; it is left as it was.
         example_inputs: as for :func:`channels`; not used where ``sets`` is given.
-        optimizer: is changed in place: its groups list the new parameters, and state of a
+        optimizer: changed in place: its groups list the new parameters, and state of a
             parameter's shape (momentum buffers, master weights, ...) loses the same channels.
-            Schedulers and a GradScaler go on with it. A channel is zero only if its master weights
-            are, too.
-        multiple_of: keeps as many channels of zeros that a set's rows are a multiple of this, as
-            8, which inference libraries prefer.
-        average: a moving average of this model. It loses the same channels, in place; its outputs
-            change by what it still had of them.
-        sets: what :func:`channels` gives for this very model, which isn't searched again.
+            Schedulers and a GradScaler keep working. A channel counts as zero only if its master
+            weights are zero too.
+        multiple_of: keeps enough zero channels that the number of rows of each set is a multiple
+            of this. Inference libraries prefer 8.
+        average: a moving average of this model. It loses the same channels, in place. Where it
+            still had nonzero weights in them, its outputs change.
+        sets: what :func:`channels` returned for this model, to save the search.
 
     Returns:
         The new model and a report.
@@ -87,8 +87,8 @@ def compact(
 
     Example:
         >>> result = compact(model, images[:1], optimizer)
-        >>> print(result.report)
         >>> model = result.model
+        >>> before, after = result.report.channels
     """
     check_model(model, "compact")
     found = _checked_sets(model, example_inputs, sets, "compact")
@@ -171,12 +171,12 @@ def take_out(
 
 @torch.no_grad()
 def zero_dead_columns(model: nn.Module, sets: Channels, optimizer: Optimizer | None = None) -> int:
-    """Makes channels that have become zero stay so, as if they had been taken out.
+    """Keeps channels zero that have become zero, as if they had been taken out.
 
-    Nothing reads anything but zeros from such a channel, so the columns that read it have no
-    effect; but they would be moved on by momentum and weight decay, count in norms, and pass
-    gradients to the channel. They are set to zero, and so are gradients and optimizer state of the
-    columns and of the channel's own rows. To be called after each step.
+    The columns that read a zero channel have no effect on the outputs. But momentum and weight
+    decay still move them, they count in gradient norms, and they pass gradients to the channel. So
+    they are set to zero, as are the gradients and the optimizer state of these columns and of the
+    channel's own rows. Call it after each step.
 
     Args:
         model: its outputs stay the same.
@@ -188,6 +188,12 @@ def zero_dead_columns(model: nn.Module, sets: Channels, optimizer: Optimizer | N
 
     Raises:
         ValueError: the sets are another model's.
+
+    Example:
+        >>> sets = channels(model, images[:1])
+        >>> optimizer.step()
+        >>> zero_dead_columns(model, sets, optimizer)
+        0
     """
     _checked_sets(model, None, sets, "zero_dead_columns")
     tensors = tensors_of(model)

@@ -35,17 +35,21 @@ def save_compact(
     """Writes a compact model's tensors and a plain description of its layers.
 
     Args:
-        file: a path; what ends in .safetensors is written in that format, everything else by
-            ``torch.save`` as plain values, to be read with ``weights_only=True``. A file that is
-            there is replaced when the new one is complete.
+        file: a path. A name that ends in .safetensors selects that format; otherwise
+            ``torch.save`` writes plain values, for ``weights_only=True``. An existing file is
+            replaced once the new one is complete.
         model: a classification model of torchvision, or what :func:`compact` made of one.
-        architecture: torchvision's name for it, such as ``"resnet50"``; None finds the one with
-            these very layers. ``""`` writes a file of any other model: to load it, one of the
-            same class must be given.
+        architecture: torchvision's name for it, such as ``"resnet50"``; None finds it by the
+            layers. ``""`` is for a model that torchvision doesn't have: loading the file then needs
+            a model of the same class.
 
     Raises:
         ValueError: no model of torchvision's has its layers; a parameter isn't an ordinary tensor.
         OSError: the file can't be written.
+
+    Example:
+        >>> model = remove(model, images[:1], share=0.5).model
+        >>> save_compact("small.safetensors", model)
     """
     path = _regular(file, "save_compact")
     state = {name: value.detach() for name, value in model.state_dict().items()}
@@ -82,12 +86,12 @@ def save_compact(
 
 
 def load_compact(file: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """Reads what :func:`save_compact` wrote. No code of the file's is run.
+    """Reads a file that :func:`save_compact` wrote. No code in the file is run.
 
     Args:
         file: a path.
-        model: of the file's class, with all its channels, where it isn't one of torchvision's;
-            a copy of it gets the file's shapes. None makes torchvision's.
+        model: for a model that torchvision doesn't have, one of the same class with all its
+            channels; a copy of it gets the file's shapes. None constructs torchvision's model.
 
     Returns:
         The model on the CPU, in evaluation mode.
@@ -96,6 +100,10 @@ def load_compact(file: str | os.PathLike[str], model: nn.Module | None = None) -
         ValueError: the file is damaged, is something else, or doesn't fit together; what is wrong
             is named.
         OSError: it can't be read.
+
+    Example:
+        >>> save_compact("small.safetensors", model)
+        >>> model = load_compact("small.safetensors")
     """
     path = _regular(file, "load_compact")
     with path.open("rb"):

@@ -60,6 +60,11 @@ def importance(
 
     Raises:
         ValueError: an unknown method, a model that channels can't be taken out of, or no batch.
+
+    Example:
+        >>> scores = importance(model, loader, max_batches=20)
+        >>> scores["layer1.0.conv1"].shape
+        torch.Size([64])
     """
     check_model(model, "importance")
     if method not in ("taylor", "magnitude"):
@@ -169,21 +174,22 @@ def remove(
     average: AveragedModel | None = None,
     sets: Channels | None = None,
 ) -> Compacted:
-    """Takes out the least important channels at once, whatever their weights are.
+    """Takes out the least important channels in one shot, even if their weights aren't zero.
 
-    All channels of the model are ranked by their scores. The outputs change; train on afterwards,
-    which on the small model is cheaper.
+    All channels of the model are ranked together by their scores. The outputs change, so train on
+    afterwards; each step of the smaller model is cheaper.
 
     Args:
         model: is left as it was.
         example_inputs: as for :func:`channels`; not used where ``sets`` is given.
-        share: of the channels of all sets, in [0, 1), to take out; exactly that many, rounded, with
-            ``multiple_of=1``.
-        macs: of the multiply-adds, in [0, 1), to take out, at least; in place of ``share``.
-        importance: scores by the set's name, as :func:`importance` gives; None for the magnitude.
-        optimizer: goes along as with :func:`compact`, as do ``average`` and its options.
-        min_keep: of every set this share of channels stays at least, and one channel.
-        multiple_of: takes out a little less, so that a set's rows are a multiple of this.
+        share: the fraction of all sets' channels to take out, in [0, 1). With ``multiple_of=1`` it
+            is met exactly, after rounding to whole channels.
+        macs: instead of ``share``, the fraction of multiply-adds to take out at least, in [0, 1).
+        importance: scores by the set's name, as :func:`importance` returns; None for magnitudes.
+        optimizer: changed in place, as by :func:`compact`.
+        min_keep: the fraction of every set's channels that stays at least; one channel always does.
+        multiple_of: takes out a little less, so that the number of rows of each set is a multiple
+            of this.
         average: as with :func:`compact`.
         sets: as with :func:`compact`.
 
@@ -193,6 +199,13 @@ def remove(
     Raises:
         ValueError: an option is out of its range, more is asked than ``min_keep`` allows, or the
             scores aren't these sets'. Nothing has changed.
+
+    Example:
+        >>> scores = importance(model, loader)
+        >>> result = remove(
+        ...     model, images[:1], share=0.5, importance=scores, optimizer=optimizer
+        ... )
+        >>> model = result.model
     """
     check_model(model, "remove")
     if (share is None) == (macs is None):

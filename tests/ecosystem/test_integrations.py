@@ -503,7 +503,7 @@ SETUP, SECTIONS = sections()
 
 def is_for(word, title):
     """Whether a section's blocks are marked for torchrun or cuda."""
-    return any(words == word for words, _ in SECTIONS[title])
+    return any(words == f"{{ .{word} }}" for words, _ in SECTIONS[title])
 
 
 def code_of(title):

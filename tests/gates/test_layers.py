@@ -12,7 +12,7 @@ PACKAGE = Path(resnet_reg_ext.__file__).parent
 
 # From the ground up. A module imports from the layers below its own and, within its layer, nothing.
 LAYERS = [
-    {"atomic_write", "options", "scale_invariance"},
+    {"atomic_write", "backends.openmp", "options", "scale_invariance"},
     {"backends.bucket"},
     {"backends.checks", "backends.device_values"},
     {"backends.pure_start", "backends.workspace"},

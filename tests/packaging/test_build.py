@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import make_dist
 import pytest
 from ptx import compiler
 
@@ -22,7 +23,9 @@ WITHOUT_CUDA = {"RESNET_REG_EXT_CUDA": "0"}
 
 # Runs on a Python that has no torch: the module loads, plans a launch and takes a step.
 SMOKE = """
-import glob, importlib.util, sys
+import ctypes, glob, importlib.util, sys
+
+ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)  # torch's, where there is a torch
 
 (path,) = glob.glob(sys.argv[1] + "/resnet_reg_ext/_C*.so")
 spec = importlib.util.spec_from_file_location("_C", path)
@@ -40,7 +43,6 @@ def options(**chosen):
 assert launch["grid"] == 2 and launch["block"] == 256, launch
 class Reads:  # what the reader needs of a tensor, without torch
     pass
-import ctypes
 store = {name: (ctypes.c_float * 3)(*values) for name, values in
          {"p": (1.0, -1.0, 0.05), "g": (1.0, 1.0, 0.0)}.items()}
 tensors = {name: Reads() for name in store}
@@ -91,17 +93,10 @@ def build_wheel(python: str, source: Path, out: Path, **environment: str) -> Pat
 
 
 def python_of_version(version: str) -> str:
-    """Another Python with pip, or the test is skipped."""
-    python = shutil.which(f"python{version}")
-    if python and run([python, "-m", "pip", "--version"]).returncode == 0:
-        return python
-    if pyenv := shutil.which("pyenv"):
-        found = run([pyenv, "prefix", "--", version]).stdout.strip()
-        versions = Path(found).parent if found else Path.home() / ".pyenv" / "versions"
-        candidates = sorted(versions.glob(f"{version}.*/bin/python"))
-        if candidates:
-            return str(candidates[-1])
-    pytest.skip(f"there is no Python {version} on this machine")
+    python = make_dist.pythons().get((3, int(version.removeprefix("3."))))
+    if python is None:
+        pytest.skip(f"there is no Python {version} on this machine")
+    return python
 
 
 def smoke_test(python: str, wheel: Path, folder: Path) -> None:
@@ -317,7 +312,8 @@ def test_chosen_architectures_are_built(
     tag = sys.implementation.cache_tag
     (module,) = clean_copy.glob(f"build/lib*{tag}/resnet_reg_ext/_C*.so")
     script = (
-        "import importlib.util, sys\n"
+        "import ctypes, importlib.util, sys\n"
+        "ctypes.CDLL('libgomp.so.1', mode=ctypes.RTLD_GLOBAL)\n"
         "spec = importlib.util.spec_from_file_location('_C', sys.argv[1])\n"
         "m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)\n"
         "print(m.build_info()['cuda_architectures'])\n"

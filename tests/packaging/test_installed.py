@@ -1,6 +1,8 @@
 """What is tested is the installed package with its native module, which needs no torch library."""
 
+import ctypes
 import importlib.metadata
+import json
 import pathlib
 import struct
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import resnet_reg_ext
-from resnet_reg_ext.backends import native
+from resnet_reg_ext.backends import native, openmp
 
 HERE = pathlib.Path(__file__).resolve()
 NATIVE = pathlib.Path(native._C.__file__).resolve()
@@ -100,7 +102,8 @@ def test_the_parser_finds_torchs_own_libraries():
 
 def test_the_native_module_loads_without_torch(tmp_path):
     code = f"""
-import importlib.util, sys
+import ctypes, importlib.util, sys
+ctypes.CDLL("libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
 spec = importlib.util.spec_from_file_location("resnet_reg_ext._C", {str(NATIVE)!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -158,3 +161,49 @@ def test_a_device_that_cannot_be_used_is_warned_of_once_with_the_reason(monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         native.warn_unusable_cuda(device)
+
+
+# Steps in two threads, then prints the libgomps that are mapped and the one that the step uses.
+STEP = """
+import json, torch, resnet_reg_ext
+from resnet_reg_ext.backends import native
+torch.set_num_threads(2)
+w = torch.nn.Parameter(torch.ones(1_000_000))
+w.grad = torch.zeros_like(w)
+resnet_reg_ext.ProxSGD([w], lr=1.0, momentum=0.0, weight_decay=0.0, l1=0.25, fused=True).step()
+assert (w == 0.75).all()
+torch.rand(1_000_000).exp_()
+lines = open("/proc/self/maps").read().splitlines()
+mapped = sorted({line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line})
+print(json.dumps([mapped, native._C.openmp_runtime()]))
+"""
+
+
+def brought_by_torch():
+    package = pathlib.Path(torch.__file__).resolve().parent
+    found = [*package.glob("lib/libgomp*"), *package.parent.glob("torch.libs/libgomp*")]
+    return [path.resolve() for path in found]
+
+
+def test_the_native_module_needs_no_libgomp_of_its_own():
+    assert not [name for name in needed_libraries(NATIVE) if "omp" in name]
+
+
+def test_a_step_uses_torchs_libgomp_and_there_is_no_other():
+    result = subprocess.run([sys.executable, "-P", "-c", STEP], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    mapped, used = json.loads(result.stdout)
+    assert [pathlib.Path(path).resolve() for path in mapped] == [pathlib.Path(used).resolve()]
+    if brought_by_torch():
+        assert pathlib.Path(used).resolve() in brought_by_torch()
+
+
+def test_without_a_copy_of_torchs_the_systems_is_taken(monkeypatch, tmp_path):
+    """As with a torch that a distribution has built."""
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    try:
+        ctypes.CDLL("libgomp.so.1")
+    except OSError:
+        assert openmp.load() == ""
+    else:
+        assert openmp.load() == "libgomp.so.1"

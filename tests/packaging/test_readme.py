@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from scipy.stats import t as student
 
 pytestmark = pytest.mark.one_torch
@@ -36,19 +37,62 @@ def test_a_changed_figure_is_noticed(tmp_path: Path) -> None:
     assert result.returncode != 0
 
 
-def test_the_usage_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """As it stands there, on two batches of images that are small."""
+def test_the_diff_changes_the_optimizer_and_nothing_else() -> None:
+    """Its two sides, run: SGD's options, and the weights of SGD's step without L1."""
     text = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"^## Usage\n\n```python\n([\s\S]*?)^```$", text, re.MULTILINE)
-    generator = torch.Generator().manual_seed(0)
-    loader = [
-        (torch.randn(2, 3, 32, 32, generator=generator), torch.tensor([1, 2])) for _ in range(2)
-    ]
-    names: dict[str, Any] = {"loader": loader}
-    exec(compile(code, "README.md", "exec"), names)
-    printed = capsys.readouterr().out
-    assert re.search(r"^layer4\.2\.conv3\.weight +\S+ +1,048,576 ", printed, re.MULTILINE)
-    assert re.search(r"^total +[1-9]\S* +25,557,032 ", printed, re.MULTILINE)
+    (diff,) = re.findall(r"^```diff\n([\s\S]*?)^```$", text, re.MULTILINE)
+    after = []
+    for sign in "-+":
+        torch.manual_seed(0)
+        model = torchvision.models.resnet18()
+        names: dict[str, Any] = {"torch": torch, "model": model}
+        lines = [line[1:] for line in diff.splitlines() if line.startswith(sign)]
+        exec(compile("\n".join(lines), "README.md", "exec"), names)
+        for group in names["optimizer"].param_groups:
+            assert (group["lr"], group["momentum"]) == (0.1, 0.9)
+            if sign == "+":
+                assert group.pop("l1") == group["weight_decay"]
+                group["l1"] = 0.0
+            group["weight_decay"] = 1e-4
+        model(torch.ones(2, 3, 32, 32)).sum().backward()
+        names["optimizer"].step()
+        after.append([param.detach() for param in model.parameters()])
+    for before, now in zip(*after, strict=True):
+        torch.testing.assert_close(now, before, rtol=1e-6, atol=1e-6)
+
+
+def test_it_is_short_and_its_links_lead_somewhere() -> None:
+    for name in ("README.md", "bench/README.md", "CONTRIBUTING.md"):
+        text = (ROOT / name).read_text()
+        links = re.findall(r"\]\((?!http)([^)#]+)", text) + re.findall(
+            r'src(?:set)?="([^"]+)', text
+        )
+        assert links
+        for link in links:
+            assert (ROOT / name).parent.joinpath(link).exists(), f"{name}: {link}"
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_plots_show_the_committed_figures(theme: str) -> None:
+    folder = ROOT / "docs" / "images"
+    accuracy, speed = (
+        re.findall(r">([^<>]+)</text>", (folder / f"{name}-{theme}.svg").read_text())
+        for name in ("accuracy", "speed")
+    )
+    runs = json.loads((ROOT / "docs" / "results" / "digits" / "compare.json").read_text())["runs"]
+    for name, seeds in runs.items():
+        ends = [seed["history"][-1] for seed in seeds]
+        train, test, zeros = (
+            statistics.mean(end[key] for end in ends)
+            for key in ("train_accuracy", "test_accuracy", "zeros")
+        )
+        shown = {name, f"{test:.3f}", f"gap {train - test:.3f}", f"{100 * zeros:.0f} % zeros"}
+        assert shown <= set(accuracy)
+    rows = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())["tables"][0]["rows"]
+    medians = {row["key"]: f"{row['ms']['q50']:.1f}" for row in rows}
+    for key in ("prox", "sgd_fused", "compile_whole", "compile_tensor", "softshrink", "pat"):
+        assert medians[key] in speed
 
 
 def test_the_comparison_is_that_of_the_committed_runs() -> None:
