@@ -18,9 +18,9 @@ from test_recipe_runs import SHORT, Signal
 from resnet_reg_ext import cli
 from resnet_reg_ext.atomic_write import atomic_write
 from resnet_reg_ext.recipe import compare
-from resnet_reg_ext.recipe.callbacks import Stopped, WholeFiles
+from resnet_reg_ext.recipe.callbacks import WholeFiles
 from resnet_reg_ext.recipe.evaluate import evaluate
-from resnet_reg_ext.recipe.files import RecipeError, locked, write_text
+from resnet_reg_ext.recipe.files import RecipeError, Stopped, locked, write_text
 from resnet_reg_ext.recipe.results import Result
 from resnet_reg_ext.recipe.settings import save_options
 from resnet_reg_ext.recipe.train import train
