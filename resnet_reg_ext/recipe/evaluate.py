@@ -187,7 +187,7 @@ def _write(
     head += [f"  {note}" for note in images.notes]
     if missing:
         head.append(f"  features.png is left out: {missing}")
-    text = "\n".join([*head, "", *_tables(scores, classes), "", str(zeros)])
+    text = "\n".join([*head, "", *_tables(scores, classes), "", zeros.table()])
     print(text)
     subtitle = (
         f"{checkpoint.name}, {count} images ({split}), accuracy {scores.figures['accuracy']:.3f}"
