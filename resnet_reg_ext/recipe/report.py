@@ -195,7 +195,7 @@ def _page_of_evaluation(content: Mapping[str, Any], folder: Path) -> parts.Page:
         verdict=[
             f"Accuracy {content['accuracy']:.3f} ({_span(intervals['accuracy'])} at 95 %).",
             f"{zeros['fraction']:.1%} of the regularised weights are exactly zero.",
-            *content["notes"],
+            *(f"{note[:1].upper()}{note[1:]}." for note in content["notes"]),
         ],
         tables=[measured, by_class],
         plots=[],

@@ -89,7 +89,9 @@ class Chromium:
 
     def open(self, url):
         self.events = []
-        self.call("Page.navigate", url=url)
+        failed = self.call("Page.navigate", url=url).get("errorText")
+        if failed:
+            raise SystemExit(f"{url}: {failed}")
         while not any(e["method"] == "Page.loadEventFired" for e in self.events):
             self.events.append(self._read())
 
@@ -114,25 +116,26 @@ class Chromium:
 def check(browser, report, out):
     """Problems of one report; its pictures go to ``out``."""
     problems = []
-    for width in (360, 1280):
-        for scheme in ("light", "dark"):
-            feature = {"name": "prefers-color-scheme", "value": scheme}
-            browser.call("Emulation.setEmulatedMedia", media="", features=[feature])
-            browser.call(
-                "Emulation.setDeviceMetricsOverride",
-                **{"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600},
-            )
-            browser.open(report.resolve().as_uri())
-            value = browser.call("Runtime.evaluate", expression=OVERFLOW, returnByValue=True)
-            found = value["result"]["value"]
-            where = f"{report} at {width} px, {scheme}"
-            problems += [f"{where}: {text}" for text in browser.complaints()]
-            if found["page"] > found["width"] or found["beyond"]:
-                problems.append(f"{where}: {found['page']} px wide: {found['beyond']}")
-            print(f"{where}: {found['page']} px wide, letters from {found['letters']} px")
-            shot = browser.call("Page.captureScreenshot", captureBeyondViewport=True)
-            name = f"{report.parent.name}-{width}-{scheme}.png"
-            (out / name).write_bytes(base64.b64decode(shot["data"]))
+    # The last is A4 between margins of a centimetre; the print is light whatever the screen is.
+    looks = [(w, "screen", scheme) for w in (360, 1280) for scheme in ("light", "dark")]
+    for width, media, scheme in [*looks, (718, "print", "dark")]:
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        browser.call("Emulation.setEmulatedMedia", media=media, features=[feature])
+        browser.call(
+            "Emulation.setDeviceMetricsOverride",
+            **{"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600},
+        )
+        browser.open(report.resolve().as_uri())
+        value = browser.call("Runtime.evaluate", expression=OVERFLOW, returnByValue=True)
+        found = value["result"]["value"]
+        where = f"{report} at {width} px, {scheme if media == 'screen' else media}"
+        problems += [f"{where}: {text}" for text in browser.complaints()]
+        if found["page"] > found["width"] or found["beyond"]:
+            problems.append(f"{where}: {found['page']} px wide: {found['beyond']}")
+        print(f"{where}: {found['page']} px wide, letters from {found['letters']} px")
+        shot = browser.call("Page.captureScreenshot", captureBeyondViewport=True)
+        name = f"{report.parent.name}-{width}-{scheme if media == 'screen' else media}.png"
+        (out / name).write_bytes(base64.b64decode(shot["data"]))
     printed = browser.call("Page.printToPDF", printBackground=True, paperWidth=8.27)
     (out / f"{report.parent.name}.pdf").write_bytes(base64.b64decode(printed["data"]))
     return problems
@@ -144,7 +147,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out/browser"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         browser = Chromium(profile)
         try:
             problems = [p for report in args.reports for p in check(browser, report, args.out)]

@@ -151,7 +151,7 @@ def test_an_evaluation_is_reported(trained):
     told, words = json.loads((folder / "evaluation.json").read_text()), page.words()
     low, high = told["intervals"]["loss"]
     assert f"{told['loss']:.3f} {low:.3f} to {high:.3f}" in words
-    assert "these images chose the epoch of this checkpoint" in words
+    assert "These images chose the epoch of this checkpoint" in words
     assert "resnet-reg evaluate" in words
     counts = [n for row in told["confusion"] for n in row if n]
     cells = re.findall(r"--s: [\d.]+\">(\d+)</td>", page.source)
