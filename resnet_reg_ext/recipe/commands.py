@@ -147,6 +147,8 @@ def _train(arguments: list[str]) -> None:
         raise RecipeError("--target-sparsity needs an --l1 above 0 to start from")
     if args.resume is not None and (args.out / "result.json").is_file():
         print(f"{args.out} is finished\n\n{table({'run': [Result.load(args.out)]})}")
+        if _is_rank_zero() and not (args.out / "report.html").exists():
+            write_report(args.out)  # killed before it, or finished by an older version
         return
     has_begun = (args.out / "last.ckpt").is_file()
     if args.resume is not None and not has_begun and _is_rank_zero():
