@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .data import default_split
+from .files import RecipeError
 from .folders import class_folders, comparable, digest, scan
 from .layouts import find_layout, training_folders
 from .settings import DIGITS, Run
@@ -40,9 +41,8 @@ def remarks(
     if images.name == WHOLE:
         return []
     own = data is None or _same_place(data, source.folder if source else run.data)
-    lines = []
+    root, lines = Path(run.data if data is None else data), []
     if source is not None and run.val_fraction is None:
-        root = Path(run.data if data is None else data)
         is_same = _digest_of_folders(root, run, classes) == source.digest
         if own and not is_same:
             lines.append(f"{root}: {CHANGED}")
@@ -55,17 +55,21 @@ def remarks(
         lines.append(
             "these images trained the network: the figures say nothing of images that are new to it"
         )
-    elif images.name == selection_split(run):
+    elif images.name == selection_split(run, root):
         lines.append(_how_chosen(checkpoint, run))
     return [line for line in lines if line]
 
 
-def selection_split(run: Run) -> str:
-    """The split whose figures were watched during training and chose ``best.ckpt``."""
+def selection_split(run: Run, root: Path) -> str:
+    """The split whose figures were watched during training and chose ``best.ckpt``.
+
+    Args:
+        run: the run that was trained.
+        root: the folder of its images, which may have been moved.
+    """
     if run.data == DIGITS or run.val_fraction is not None:
         return default_split(run)
-    folders = find_layout(Path(run.data)).folders
-    return "val" if "val" in folders else "test"
+    return find_layout(root).tested
 
 
 def _how_chosen(checkpoint: Path, run: Run) -> str:
@@ -84,13 +88,16 @@ def _how_chosen(checkpoint: Path, run: Run) -> str:
 
 def _digest_of_folders(root: Path, run: Run, classes: tuple[str, ...]) -> str:
     """The digest that a run on a folder with folders for splits keeps; "" where there is none."""
-    layout = find_layout(root, classes)
-    if not layout.is_split:
+    try:
+        layout = find_layout(root, classes)
+        if not layout.is_split:
+            return ""
+        folders = training_folders(root, layout)[:2]
+        if run.corrupt == "skip":  # which images were left out is known once they are decoded
+            return digest(root, *(scan(folder, classes, "skip") for folder in folders))
+        return digest(root, *(_listed(folder, classes) for folder in folders))
+    except RecipeError:  # a folder has gone, or is not what it was
         return ""
-    train, held_out, _ = training_folders(root, layout)
-    if run.corrupt == "skip":  # which images were left out is known once they are decoded
-        return digest(root, *(scan(folder, classes, "skip") for folder in (train, held_out)))
-    return digest(root, *(_listed(folder, classes) for folder in (train, held_out)))
 
 
 def _listed(folder: Path, classes: tuple[str, ...]) -> Split:

@@ -190,6 +190,9 @@ def test_evaluate_says_that_folders_for_splits_have_changed(tmp_path):
         told, text = measure(path, tmp_path / "e", split=split)
         assert told["notes"][0].startswith(f"{data}: the images of training and selection are not")
         assert "come, gone or changed" in text
+    shutil.rmtree(data / "train")  # test can be measured all the same
+    told, _ = measure(path, tmp_path / "e", split="test")
+    assert "come, gone or changed" in told["notes"][0]
 
 
 def test_the_digits_that_were_tested_on_chose_the_checkpoint(tmp_path):
