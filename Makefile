@@ -9,10 +9,10 @@ CUDA ?= 1
 BIN := .venv/bin
 OLD := .venv-older/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
-SOURCES := setup.py pyproject.toml $(shell find csrc resnet_reg_ext -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+SOURCES := setup.py pyproject.toml $(shell find csrc resnet_reg_ext -name '*.py' -o -name '*.jinja' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 WHEEL := build/wheel/.done
 
-.PHONY: demo test test-older test-python-reader test-sanitize test-matrix test-aarch64 gpu-check bench bench-quick lint format dist docs clean
+.PHONY: demo test test-older test-python-reader test-sanitize test-matrix test-aarch64 gpu-check report-check bench bench-quick lint format dist docs clean
 
 demo: .venv/.ready-demo
 	rm -rf out/demo
@@ -79,6 +79,14 @@ gpu-check: .venv/.ready
 # The documentation site, into build/docs.
 docs: .venv/.ready-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Opens the report of a small run in a headless Chromium, and takes pictures of it; needs chromium.
+report-check: .venv/.ready
+	rm -rf out/report-check
+	$(BIN)/resnet-reg compare --out out/report-check/compare --image-size 16 --train-size 60 \
+		--test-size 60 --epochs 4 --evaluate-every 1
+	$(BIN)/resnet-reg evaluate out/report-check/compare/seed0/L1/last.ckpt --out out/report-check/evaluate
+	$(BIN)/python tests/recipe/browser_check.py out/report-check/*/report.html --out out/report-check
 
 bench: .venv/.ready-bench
 	$(BIN)/python -m bench

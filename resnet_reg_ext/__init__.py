@@ -1,6 +1,12 @@
 """Regularised, sparse training of ResNet-50s: SGD with an exact L1 proximal step, fused."""
 
+import warnings as _warnings
 from importlib.metadata import version as _version
+
+with _warnings.catch_warnings():
+    # Where there is no NumPy, torch warns while it is imported; only the recipe needs NumPy.
+    _warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch as _torch  # noqa: F401
 
 from . import functional
 from .param_groups import param_groups

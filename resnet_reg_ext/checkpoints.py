@@ -24,27 +24,17 @@ from .state import (
 _State = Mapping[Tensor, dict[str, Any]]
 
 
-def check_groups(saved: Sequence[Mapping[str, Any]], live: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses a checkpoint of another model or of another kind of optimizer.
+def check_momentum(saved: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a checkpoint of another kind of optimizer.
 
     Raises:
-        ValueError: says what the checkpoint has and what it must have.
+        ValueError: says what the checkpoint lacks.
     """
-    if len(saved) != len(live):
-        raise ValueError(
-            f"ProxSGD: the checkpoint has {len(saved)} param_groups: must be {len(live)}, as "
-            "many as the optimizer has"
-        )
-    for index, (one, other) in enumerate(zip(saved, live, strict=True)):
-        if "momentum" not in one:
+    for index, group in enumerate(saved):
+        if "momentum" not in group:
             raise ValueError(
                 f"ProxSGD: param_groups[{index}]: the checkpoint has no momentum: must be a "
                 "ProxSGD's or a torch.optim.SGD's"
-            )
-        if len(one["params"]) != len(other["params"]):
-            raise ValueError(
-                f"ProxSGD: param_groups[{index}]: the checkpoint has {len(one['params'])} "
-                f"parameters: must be {len(other['params'])}, as many as the optimizer has"
             )
 
 

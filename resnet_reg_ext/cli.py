@@ -18,6 +18,7 @@ _RECIPE = {
     "path": "accuracy, gap and sparsity against the strength of L1",
     "evaluate": "what a checkpoint does: accuracy by class, confusion, features, sparsity",
     "patch": "a fine-tuned checkpoint as a patch of its initial weights, and back",
+    "predict": "classes and probabilities of images, as CSV or JSON",
 }
 
 
@@ -75,14 +76,6 @@ def _recipe(command: str, arguments: Sequence[str]) -> int:
     """Runs a command of the recipe, whose libraries take seconds to import."""
     try:
         from .recipe import commands
-    # A torchvision built for another torch raises a RuntimeError or OSError.
-    except (ImportError, OSError, RuntimeError) as error:
-        print(
-            f"resnet-reg {command}: it needs the extra 'train': pip install '.[train]' in the "
-            f"sources' folder ({error})",
-            file=sys.stderr,
-        )
-        return 2
     except KeyboardInterrupt:
         print(f"resnet-reg {command}: interrupted", file=sys.stderr)
         return 130

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from . import checkpoints, eager_step, group_checks
 from .backends import native
 from .options import Options
+from .regroup import regrouped
 from .sparsity import Sparsity, count, has_l1, starts_of
 from .tracked_zeros import TrackedZeros, known_zeros
 
@@ -219,17 +220,26 @@ class ProxSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of a ``ProxSGD`` or a ``torch.optim.SGD``.
 
+        The checkpoint's groups may be others than the optimizer's, such as the single one of
+        ``SGD(model.parameters())`` for ``ProxSGD(param_groups(model))``. Parameters are then told
+        by their names, or by the model's order and the momentum buffers' shapes where these leave
+        one way; each live group keeps its penalties and takes lr, momentum, dampening, nesterov
+        and maximize from the checkpoint.
+
         Momentum buffers, master weights and starts get the dtype that the live group's options say,
         and keep their bits where they are saved in it; torch's own loading would cast them to the
         parameter's dtype first.
 
         Raises:
-            ValueError: the checkpoint is of another model, or an option in it is out of its range.
+            ValueError: the checkpoint is of another model, its groups are others and can't be
+                assigned, or an option in it is out of its range.
         """
 
-        def begin(_: Optimizer, checkpoint: dict[str, Any]) -> None:
-            checkpoints.check_groups(checkpoint["param_groups"], self.param_groups)
+        def begin(_: Optimizer, checkpoint: dict[str, Any]) -> dict[str, Any]:
+            checkpoints.check_momentum(checkpoint["param_groups"])
+            checkpoint = regrouped(checkpoint, self.param_groups)
             self._checkpoint = checkpoint
+            return checkpoint
 
         # Registered last, so that it sees what other hooks have made of the checkpoint.
         handle = self.register_load_state_dict_pre_hook(begin)

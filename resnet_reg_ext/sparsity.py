@@ -44,7 +44,7 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Exact zeros of all parameters. Prints as a table.
+    """Exact zeros of all parameters. Prints as a summary; ``table()`` has every layer.
 
     Attributes:
         layers: one entry for each parameter.
@@ -97,6 +97,22 @@ class Sparsity:
         }
 
     def __str__(self) -> str:
+        parts = {"total": self}
+        if all(layer.regularised is not None for layer in self.layers):
+            others = Sparsity(tuple(layer for layer in self.layers if not layer.regularised))
+            parts = {"regularised": self.regularised, "others": others, "total": self}
+        header = f"{'':<11}  {'parameters':>10}  {'zeros':>12}  {'size':>12}  {'zeros %':>8}"
+        lines = [
+            f"{name:<11}  {len(part.layers):>10,}  {part.zeros:>12,}  {part.size:>12,}  "
+            f"{100 * part.fraction:>8.2f}"
+            for name, part in parts.items()
+        ]
+        if any(layer.at_start for layer in self.layers):
+            lines.append('with toward="start", weights at their start are counted as zeros')
+        return "\n".join([header, *lines, "table() lists the parameters"])
+
+    def table(self) -> str:
+        """A line for each parameter, and one for all."""
         rows = [*self.layers, LayerSparsity("total", self.zeros, self.size)]
         width = max(len("parameter"), *(len(row.name) for row in rows))
         lines = [f"{'parameter':<{width}}  {'zeros':>12}  {'size':>12}  {'zeros %':>8}"]

@@ -18,6 +18,11 @@ The modules, in the order of a run:
 - ``callbacks``: progress, history, checkpoints and stopping;
 - ``checks``, ``train`` and ``results``: one run, what is refused before it, what comes out;
 - ``compare``: several runs and what may be concluded from them;
-- ``evaluate`` and ``plots``: what a checkpoint does, and pictures;
+- ``evaluate``, ``intervals``, ``provenance``: what a checkpoint does, within which limits, and
+  whether the images trained or chose it;
+- ``predict`` and ``predictions``: class and probabilities of each image;
+- ``plots`` and ``tensorboard``: pictures;
+- ``run_folders``, ``report_plots``, ``report_page`` and ``report``: ``report.html``, from the files
+  in an output folder;
 - ``commands``: the command line.
 """

@@ -18,18 +18,10 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from tqdm import tqdm
 
 from .checkpoints import save_checkpoint
-from .files import RecipeError
+from .files import RecipeError, Stopped
 from .model import Classifier, regularised
 from .results import ROW, why_no_history
 from .terminal import leave_terminal
-
-
-class Stopped(Exception):
-    """A signal stopped the run after a step, and a checkpoint was written."""
-
-    def __init__(self, number: int, folder: Path) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number, self.folder = number, folder
 
 
 class WholeFiles(TorchCheckpointIO):

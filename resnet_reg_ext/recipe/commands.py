@@ -1,4 +1,4 @@
-"""``resnet-reg train``, ``compare``, ``path``, ``evaluate`` and ``patch``."""
+"""``resnet-reg train``, ``compare``, ``path``, ``evaluate``, ``predict`` and ``patch``."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from . import compare, evaluate, patch_command
-from .callbacks import Stopped
-from .files import RecipeError
+# The modules that need the extra `train` are imported once the options are parsed: --help works
+# without them.
+from .files import RecipeError, Stopped
 from .options import Parser, add_run_options, config_arguments, run_from
-from .processes import is_rank_zero
-from .results import Result
-from .settings import OPTIONS_FILES, Number, Run, expanded
-from .splits import SPLITS
+from .settings import OPTIONS_FILES, SPLITS, Number, Run, expanded
 from .terminal import escape_what_cannot_be_shown, one_line
-from .train import train
 
 # Chosen so that the unregularised ResNet-50 overfits visibly within minutes: docs/recipe.md.
 COMPARED = Run(label_noise=0.3, l1=6e-3, weight_decay=3e-3)
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
-    """Runs one of the commands; returns its exit code: 0, 2 on bad input, 128 + a signal."""
+    """Runs one of the commands; returns its exit code.
+
+    Returns:
+        0; 1 where some images were passed over; 2 on bad input; 128 + a signal.
+    """
     escape_what_cannot_be_shown()
     try:
-        _COMMANDS[command](list(arguments))
+        return _COMMANDS[command](list(arguments)) or 0
     except RecipeError as error:
         return _say(one_line(f"resnet-reg {command}: {error}"), 2)
     except Stopped as stopped:
@@ -41,14 +41,36 @@ def main(command: str, arguments: Sequence[str]) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _say(f"resnet-reg {command}: {where}{error.strerror or error}", 2)
-    return 0
 
 
 def _say(text: str, code: int) -> int:
-    if is_rank_zero():
+    if _is_rank_zero():
         with suppress(OSError):
             print(text, file=sys.stderr)
     return code
+
+
+def _is_rank_zero() -> bool:
+    try:
+        from .processes import is_rank_zero
+    except (ImportError, OSError, RuntimeError):  # without the extra there is one process
+        return True
+    return is_rank_zero()
+
+
+def _import_libraries() -> None:
+    """Imports what takes seconds.
+
+    Raises:
+        RecipeError: the extra `train` is not installed, or is for another torch.
+    """
+    try:
+        from . import compare, evaluate  # noqa: F401
+    # A torchvision built for another torch raises a RuntimeError or OSError.
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RecipeError(
+            f"it needs the extra 'train': pip install '.[train]' in the sources' folder ({error})"
+        ) from None
 
 
 def _parser(command: str) -> Parser:
@@ -61,6 +83,7 @@ def _parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
     finder.add_argument("--config")
     config = finder.parse_known_args(arguments)[0].config
     if config is not None:
+        _import_libraries()  # YAML's among them
         arguments = [*config_arguments(config, parser), *arguments]
     args: argparse.Namespace = parser.parse_args(arguments)
     return args
@@ -112,19 +135,31 @@ def _train(arguments: list[str]) -> None:
     add_run_options(parser, Run())
     _add_out(parser, "out/train")
     args = _settle(parser, arguments, "train")
+    _import_libraries()
+    from .compare import table
+    from .report import write_report
+    from .results import Result
+    from .tensorboard import log_plots
+    from .train import train
+
     run = run_from(args, Run())
     if run.target_sparsity != run.steered_to:
         raise RecipeError("--target-sparsity needs an --l1 above 0 to start from")
     if args.resume is not None and (args.out / "result.json").is_file():
-        print(f"{args.out} is finished\n\n{compare.table({'run': [Result.load(args.out)]})}")
+        print(f"{args.out} is finished\n\n{table({'run': [Result.load(args.out)]})}")
+        if _is_rank_zero() and not (args.out / "report.html").exists():
+            write_report(args.out)  # killed before it, or finished by an older version
         return
     has_begun = (args.out / "last.ckpt").is_file()
-    if args.resume is not None and not has_begun and is_rank_zero():
+    if args.resume is not None and not has_begun and _is_rank_zero():
         print(f"{args.out} has no last.ckpt yet: from the beginning, with the settings it has")
     result = train(run, args.out, resume=args.resume is not None and has_begun)
-    if is_rank_zero():
-        print(f"\n{compare.table({'run': [result]})}")
-        names = (OPTIONS_FILES["train"], "result.json", "best.ckpt", "last.ckpt", "tensorboard")
+    if _is_rank_zero():
+        print(f"\n{table({'run': [result]})}")
+        log_plots(args.out, result)
+        write_report(args.out)
+        names = [OPTIONS_FILES["train"], "result.json", "best.ckpt", "last.ckpt", "tensorboard"]
+        names += ["predictions.csv", "mistakes.json", "report.html"]
         # One since the start and one since each resumption, the oldest first.
         logs = sorted(args.out.glob("csv/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
         _list_files([*(args.out / name for name in names), *logs])
@@ -138,8 +173,11 @@ def _compare(arguments: list[str]) -> None:
     )
     _add_out(parser, "out/compare")
     args = _settle(parser, arguments, "compare")
+    _import_libraries()
+    from .compare import compare
+
     run = run_from(args, COMPARED)
-    _list_files(compare.compare(run, args.seeds, args.out, args.resume is not None))
+    _list_with_report(compare(run, args.seeds, args.out, args.resume is not None), args.out)
 
 
 def _path(arguments: list[str]) -> None:
@@ -160,17 +198,21 @@ def _path(arguments: list[str]) -> None:
     )
     _add_out(parser, "out/path")
     args = _settle(parser, arguments, "path")
+    _import_libraries()
+    from .compare import path
+
     if args.l1 != sorted(set(args.l1)):
         raise RecipeError(f"--l1 must increase, got {' '.join(f'{v:g}' for v in args.l1)}")
-    _list_files(
-        compare.path(
+    _list_with_report(
+        path(
             run_from(args, COMPARED, l1=0.0),
             args.l1,
             args.seeds,
             args.out,
             cold=args.cold,
             resume=args.resume is not None,
-        )
+        ),
+        args.out,
     )
 
 
@@ -190,22 +232,95 @@ def _evaluate(arguments: list[str]) -> None:
         help="what to do about unreadable images (default: %(default)s)",
     )
     parser.add_argument(
+        "--test-size",
+        type=Number(int, 1),
+        help="measure on so many of these images, drawn class by class",
+    )
+    parser.add_argument(
         "--out", type=_folder, help="output folder (default: evaluate/ beside the checkpoint)"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an evaluation that is there"
+    )
     args = parser.parse_args(arguments)
-    out = args.out or args.checkpoint.parent / "evaluate"
-    _list_files(evaluate.evaluate(args.checkpoint, args.data, args.split, args.corrupt, out))
+    _import_libraries()
+    from .evaluate import evaluate
+
+    _list_files(
+        evaluate(
+            args.checkpoint,
+            args.data,
+            args.split,
+            args.corrupt,
+            args.out or args.checkpoint.parent / "evaluate",
+            test_size=args.test_size,
+            overwrite=args.overwrite,
+        )
+    )
+
+
+def _predict(arguments: list[str]) -> int:
+    parser = _parser("predict")
+    parser.description = "Progress and images that are passed over are told on standard error."
+    parser.add_argument("checkpoint", type=expanded, metavar="CHECKPOINT")
+    parser.add_argument(
+        "images",
+        type=expanded,
+        nargs="+",
+        metavar="IMAGES",
+        help="image files, and folders of them",
+    )
+    parser.add_argument(
+        "--out", type=expanded, metavar="FILE", help="file to write (default: standard output)"
+    )
+    parser.add_argument(
+        "--format", choices=("csv", "json"), help="default: by the suffix of --out, else csv"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument(
+        "--workers", type=Number(int, 0), default=0, help="processes that load images (default: 0)"
+    )
+    args = parser.parse_args(arguments)
+    _import_libraries()
+    from .predict import predict
+
+    passed_over = predict(
+        args.checkpoint,
+        args.images,
+        args.out,
+        form=args.format,
+        overwrite=args.overwrite,
+        workers=args.workers,
+    )
+    return 1 if passed_over else 0
+
+
+def _patch(arguments: list[str]) -> None:
+    from . import patch_command
+
+    patch_command.run(arguments)
+
+
+def _list_with_report(written: Sequence[Path], out: Path) -> None:
+    """Writes the report too."""
+    if _is_rank_zero():
+        from .report import write_report
+        from .tensorboard import log_pictures
+
+        log_pictures(out, [path for path in written if path.suffix == ".png"])
+        _list_files([*written, write_report(out)])
 
 
 def _list_files(paths: Sequence[Path]) -> None:
-    if is_rank_zero():
+    if _is_rank_zero():
         print("\nWritten:", *paths, sep="\n  ")
 
 
-_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+_COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": _train,
     "compare": _compare,
     "path": _path,
     "evaluate": _evaluate,
-    "patch": patch_command.run,
+    "patch": _patch,
+    "predict": _predict,
 }

@@ -12,9 +12,8 @@ from statistics import mean, stdev
 from scipy.stats import t as student
 
 from . import plots
-from .callbacks import Stopped
 from .checks import check_seeds, settled
-from .files import RecipeError, is_unused, locked, prepare_folder, write_text
+from .files import RecipeError, Stopped, is_unused, locked, prepare_folder, write_text
 from .processes import is_rank_zero
 from .results import Result, made_with, to_json
 from .settings import OPTIONS_FILES, Run, same_run, save_options

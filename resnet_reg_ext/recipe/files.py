@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,14 @@ LOCK = ".lock"
 
 class RecipeError(Exception):
     """Something that the user can put right, in one sentence."""
+
+
+class Stopped(Exception):
+    """A signal stopped the run after a step, and a checkpoint was written."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number, self.folder = number, folder
 
 
 def write_text(path: Path, text: str) -> None:

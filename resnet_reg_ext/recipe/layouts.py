@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .files import RecipeError, printable
 from .folders import class_folders
-from .splits import SPLITS
+from .settings import SPLITS
 from .walk import list_folder, walk
 
 # In lower case; Roboflow writes valid, Keras' guides validation, Hugging Face reads dev as well.

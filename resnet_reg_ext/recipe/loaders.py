@@ -188,7 +188,12 @@ def evaluation_loader(
 ) -> DataLoader[Any]:
     """Batches in order, without augmentation; each image goes to one process."""
     keys = [(row, 0) for row in range(rank, len(split), world_size)]
-    size = max(16, min(250, 1_000_000 // run.image_size**2))  # at most some hundred MB
+    size = batch_size_for(run.image_size)
     batches = [keys[first : first + size] for first in range(0, len(keys), size)]
     dataset = ImageDataset(split, run.image_size)
     return DataLoader(dataset, batch_sampler=batches, num_workers=run.workers)
+
+
+def batch_size_for(image_size: int) -> int:
+    """Images a batch where nothing is learnt: they take at most some hundred MB."""
+    return max(16, min(250, 1_000_000 // image_size**2))

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NoReturn
 
-import yaml
-
 from .files import RecipeError
 from .settings import (
     DIGITS,
@@ -164,6 +162,8 @@ def _yaml_name(value: Any) -> str:
 
 
 def _read_yaml(path: str) -> Mapping[Any, Any]:
+    import yaml  # --help works without it
+
     try:
         text = expanded(path).read_text(encoding="utf-8")
     except OSError as error:

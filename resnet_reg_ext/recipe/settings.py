@@ -10,14 +10,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .files import RecipeError, write_text
 
 DIGITS = "digits"
 FOLDER_IMAGE_SIZE = 224  # what ImageNet's weights were trained on
 # The file in the output folder that holds a command's settings; `--resume` takes them from there.
 OPTIONS_FILES = {"train": "run.yaml", "compare": "compare.yaml", "path": "path.yaml"}
+SPLITS = ("train", "val", "test")
 STAGES = ("none", "conv1", "layer1", "layer2", "layer3", "layer4")
 AUGMENTATIONS = ("none", "shift", "standard")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
@@ -236,4 +235,6 @@ def with_absolute_paths(run: Run) -> Run:
 
 def save_options(options: Mapping[str, Any], path: Path) -> None:
     """Writes the file that repeats a command with ``--config FILE``."""
+    import yaml  # --help works without it
+
     write_text(path, yaml.safe_dump(dict(options), sort_keys=False))

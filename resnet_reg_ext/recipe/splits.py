@@ -15,7 +15,6 @@ from torch import Tensor
 from .files import RecipeError
 from .settings import Run, option_name
 
-SPLITS = ("train", "val", "test")
 WHOLE = "all images"
 
 

@@ -14,17 +14,19 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from .callbacks import Checkpoints, History, Patience, Progress, StopOnSignal, Stopped, WholeFiles
+from . import tensorboard
+from .callbacks import Checkpoints, History, Patience, Progress, StopOnSignal, WholeFiles
 from .checkpoints import Checkpoint, keep_weights_alone, load_checkpoint
 from .checks import check_images, check_resumable, settled
 from .data import load_images
-from .files import RecipeError, locked, prepare_folder
+from .files import RecipeError, Stopped, locked, prepare_folder
 from .loaders import ImageData, evaluation_loader
 from .model import Classifier, regularised
+from .predictions import save_predictions
 from .processes import ignored_ranks, is_rank_zero, trainer_processes
 from .results import Result, made_with
 from .settings import DIGITS, OPTIONS_FILES, Run, save_options
@@ -83,17 +85,19 @@ def train(
             for line in (*describe(run, images), weights):
                 print(f"  {line}", flush=True)
         history = History()
-        ours = [history, Checkpoints(out, best=keep_best)]
+        ours = [history, tensorboard.ZerosByLayer(), Checkpoints(out, best=keep_best)]
         if run.early_stopping:
             ours.append(Patience(run.early_stopping))
         # Last: what it saves has then been counted, what the bar shows has been saved.
         ours += [*callbacks, StopOnSignal(last), Progress(name)]
         trainer = _trainer(run, out, ours)
         _fit(trainer, classifier, ImageData(images, run), last if resume else None, history)
-        result = _result(run, images, classifier, history, trainer)
+        result, logits = _result(run, images, classifier, history, trainer)
         if is_rank_zero():
             for line in _outcome(result, trainer):
                 print(f"  {line}", flush=True)
+            tensorboard.log_result(trainer, run, result.last)
+            save_predictions(out, images.test, logits, images.classes)
             # In this order: what has no result yet can still be resumed. A run that is killed
             # between both is finished by ``finish``.
             result.save(out)
@@ -152,7 +156,7 @@ def _trainer(run: Run, out: Path, callbacks: list[Callback]) -> pl.Trainer:
         **processes,
         callbacks=callbacks,
         logger=[
-            TensorBoardLogger(out, name="tensorboard", version=""),
+            tensorboard.logger(out),
             CSVLogger(out, name="csv", flush_logs_every_n_steps=20),
         ],
         log_every_n_steps=1,
@@ -190,19 +194,22 @@ def _fit(
 
 def _result(
     run: Run, images: Images, classifier: Classifier, history: History, trainer: pl.Trainer
-) -> Result:
+) -> tuple[Result, Tensor]:
+    """The result, and the logits of the images that it is tested on."""
     if not history.rows:
         raise RecipeError(f"{trainer.ckpt_path} is damaged: it has no step left, and no evaluation")
     zeros = regularised(classifier)
-    return Result(
+    logits, labels = predict(classifier, images.test, run, trainer.strategy.root_device)
+    result = Result(
         run,
         _counts(images),
         history.rows,
         history.step_ms,
         {layer.name: layer.fraction for layer in zeros.layers},
-        confusion_matrix(classifier, images.test, run, trainer.strategy.root_device),
+        multiclass_confusion_matrix(logits, labels, len(images.classes)).tolist(),
         made_with(),
     )
+    return result, logits
 
 
 def _outcome(result: Result, trainer: pl.Trainer) -> list[str]:
@@ -246,17 +253,6 @@ def predict(
             logits.append(classifier(images.to(device, dtype)).float().cpu())
             labels.append(truth)
     return torch.cat(logits), torch.cat(labels)
-
-
-def confusion_matrix(
-    classifier: Classifier, split: Split, run: Run, device: torch.device
-) -> list[list[int]]:
-    """Images by true class (row) and predicted class (column)."""
-    logits, labels = predict(classifier, split, run, device)
-    matrix: list[list[int]] = multiclass_confusion_matrix(
-        logits, labels, len(classifier.classes)
-    ).tolist()
-    return matrix
 
 
 def describe(run: Run, images: Images) -> list[str]:

@@ -40,8 +40,23 @@ def test_of_a_model():
     assert found.fraction == 6 / 35
 
 
-def test_text_is_a_table():
-    assert str(sparsity(model_with_zeros())).splitlines() == [
+def test_text_is_a_summary():
+    model = model_with_zeros()
+    assert str(sparsity(model)).splitlines() == [
+        "             parameters         zeros          size   zeros %",
+        "total                 4             6            35     17.14",
+        "table() lists the parameters",
+    ]
+    optimizer = ProxSGD(param_groups(model, l1=0.1), lr=0.1)
+    assert str(sparsity(optimizer)).splitlines()[1:-1] == [
+        "regularised           1             5            20     25.00",
+        "others                3             1            15      6.67",
+        "total                 4             6            35     17.14",
+    ]
+
+
+def test_the_table_has_all_parameters():
+    assert sparsity(model_with_zeros()).table().splitlines() == [
         "parameter         zeros          size   zeros %",
         "0.weight              5            20     25.00",
         "0.bias                0             5      0.00",
@@ -54,7 +69,7 @@ def test_text_is_a_table():
 def test_text_of_large_numbers():
     model = nn.Linear(1000, 2000, bias=False)
     nn.init.zeros_(model.weight)
-    *_, last = str(sparsity(model)).splitlines()
+    *_, last = sparsity(model).table().splitlines()
     assert last.split() == ["total", "2,000,000", "2,000,000", "100.00"]
 
 
@@ -124,7 +139,8 @@ def test_dtypes(dtype):
 def test_empty_parameters_and_models():
     model = nn.Module()
     assert (sparsity(model).zeros, sparsity(model).size, sparsity(model).fraction) == (0, 0, 0.0)
-    assert str(sparsity(model)).splitlines()[-1].split() == ["total", "0", "0", "0.00"]
+    assert sparsity(model).table().splitlines()[-1].split() == ["total", "0", "0", "0.00"]
+    assert "0.00" in str(sparsity(model))
     model.empty = nn.Parameter(torch.zeros(0, 3))
     model.scalar = nn.Parameter(torch.tensor(0.0))
     found = sparsity(model)

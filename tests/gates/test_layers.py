@@ -19,7 +19,7 @@ LAYERS = [
     {"backends.dtensor", "backends.native", "backends.pure"},
     {"backends.dispatch"},
     {"backends.op", "functional", "sparsity", "state", "tracked_zeros"},
-    {"checkpoints", "compiled_step", "eager_step", "group_checks"},
+    {"checkpoints", "compiled_step", "eager_step", "group_checks", "regroup"},
     {"prox_sgd"},
     {"param_groups", "schedules"},
     {"patch", "structure", "target_sparsity"},

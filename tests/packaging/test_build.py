@@ -144,9 +144,12 @@ def test_a_source_distribution_builds_into_a_wheel_without_litter(
         for n in names
         if ".dist-info/" not in n
         and not n.startswith("resnet_reg_ext/_C.")
-        and not (n.startswith("resnet_reg_ext/") and n.endswith((".py", "py.typed")))
+        and not (
+            n.startswith("resnet_reg_ext/") and n.endswith((".py", "py.typed", "report.html.jinja"))
+        )
     ]
     assert stray == []
+    assert "resnet_reg_ext/recipe/report.html.jinja" in names
     assert sum(n.startswith("resnet_reg_ext/_C.") for n in names) == 1
     smoke_test(python, wheel, tmp_path / "unpacked")
 

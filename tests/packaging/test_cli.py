@@ -1,5 +1,6 @@
 """The command ``resnet-reg``."""
 
+import json
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import sysconfig
 
 import pytest
 import torch
+from bare import BARE
 
 import resnet_reg_ext
 from resnet_reg_ext import cli
@@ -61,6 +63,50 @@ def test_the_installed_script_runs(tmp_path):
     said = rows(result.stdout)
     assert said["resnet_reg_ext"] == resnet_reg_ext.__version__
     assert said["SIMD level"].startswith("none")
+
+
+WITHOUT_EXTRAS = f"""{BARE}
+import contextlib, io, json
+from resnet_reg_ext import cli
+said = {{}}
+for command in ["info", *cli._RECIPE]:
+    given = dict(evaluate=["x.ckpt"], predict=["x.ckpt", "x.png"]).get(command, [])
+    for arguments in ([command, "--help"], [command, *given]):
+        out, error = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            try:
+                code = cli.main(arguments)
+            except SystemExit as stopped:
+                code = stopped.code
+        said[" ".join(arguments[:2])] = code, out.getvalue(), error.getvalue()
+print(json.dumps(said))
+"""
+
+
+def test_help_and_errors_without_the_extras(tmp_path):
+    """After `pip install .`, which brings torch alone: no warning, no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    said = json.loads(done.stdout)
+    assert said.pop("info")[0::2] == [0, ""]
+    for command in ["info", *cli._RECIPE]:
+        code, out, error = said.pop(f"{command} --help")
+        assert (code, error) == (0, "")
+        assert f"usage: resnet-reg {command}" in out
+        assert command == "info" or "--out" in out
+    assert len(said) == len(cli._RECIPE)
+    for arguments, (code, out, error) in said.items():
+        command = arguments.split()[0]
+        assert (code, out) == (2, "")
+        assert error.startswith(f"resnet-reg {command}: it needs the extra 'train': pip install")
+        assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_version(capsys):

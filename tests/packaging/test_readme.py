@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from bare import BARE
 from scipy.stats import t as student
 
 pytestmark = pytest.mark.one_torch
@@ -93,6 +94,24 @@ def test_the_plots_show_the_committed_figures(theme: str) -> None:
     medians = {row["key"]: f"{row['ms']['q50']:.1f}" for row in rows}
     for key in ("prox", "sgd_fused", "compile_whole", "compile_tensor", "softshrink", "pat"):
         assert medians[key] in speed
+
+
+def test_the_first_example_needs_what_is_installed(tmp_path: Path) -> None:
+    """As it stands there, where `pip install .` has brought torch and no more."""
+    text = (ROOT / "docs" / "get-started.md").read_text()
+    (code,) = re.findall(r"^## Try it\n\n.*\n\n```python\n([\s\S]*?)^```$", text, re.MULTILINE)
+    (tmp_path / "example.py").write_text(BARE + code)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "example.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resnet_reg_ext" not in done.stderr  # torch warns that there is no NumPy
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:4]}
+    parameters, zeros, size, share = rows["regularised"]
+    assert (parameters, size) == ("3", "19,936")
+    assert 20 < float(share) < 100
+    assert rows["others"][1] == "0"
+    assert rows["total"][:2] == ["8", zeros]
 
 
 def test_the_comparison_is_that_of_the_committed_runs() -> None:

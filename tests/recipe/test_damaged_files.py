@@ -19,8 +19,7 @@ import yaml
 from test_recipe_runs import SHORT, Signal
 
 from resnet_reg_ext import cli
-from resnet_reg_ext.recipe.callbacks import Stopped
-from resnet_reg_ext.recipe.files import RecipeError
+from resnet_reg_ext.recipe.files import RecipeError, Stopped
 from resnet_reg_ext.recipe.model import Classifier
 from resnet_reg_ext.recipe.results import ROW, Result
 from resnet_reg_ext.recipe.settings import Run

@@ -192,6 +192,10 @@ def test_compare_prints_a_verdict_and_writes_its_plots(tmp_path, capsys):
     for name in ("training_curves", "gap_bars", "confusion", "sparsity_by_layer"):
         assert (out / f"{name}.png").read_bytes().startswith(PNG)
         assert f"{out / name}.png" in said
+    # The report has each arm's mistakes, from the run's own folder.
+    report = (out / "report.html").read_text()
+    assert report.count('<ul class="mistakes">') == 4
+    assert report.index("against none: test accuracy") < report.index("<table>")
     told = json.loads((out / "compare.json").read_text())["runs"]
     assert list(told) == ["none", "L2", "L1", "elastic net"]
     # They differ in regularisation alone.
@@ -302,6 +306,7 @@ def test_a_path_starts_each_strength_from_the_one_before_unless_cold(cold, tmp_p
     assert batches == ([2, 2] if cold else [2, 4])
     assert yaml.safe_load((out / "path.yaml").read_text())["cold"] is cold
     assert (out / "path.png").read_bytes().startswith(PNG)
+    assert "against the strength" in (out / "report.html").read_text()
 
 
 RANKS = """

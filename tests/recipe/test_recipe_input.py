@@ -51,7 +51,7 @@ def save(path, run, change=None):
 
 def measure(path, out, data=None, split=None, corrupt="refuse"):
     """What ``evaluate`` writes; JSON has no NaN."""
-    evaluate(path, data, split, corrupt, out)
+    evaluate(path, data, split, corrupt, out, overwrite=True)
     text = (out / "evaluation.txt").read_text()
     return json.loads((out / "evaluation.json").read_text(), parse_constant=pytest.fail), text
 
@@ -309,12 +309,15 @@ def test_evaluate_tells_what_it_left_out_and_which_class_has_no_images(tmp_path,
     bad.write_bytes(bad.read_bytes()[:40])
     (root / "val" / "cat" / "a.gif").write_bytes(b"")
     told, text = measure(path, tmp_path / "out", corrupt="skip")
-    notes = text.split("\n\n")[0].splitlines()[1:]
-    assert notes[0].startswith(f"  skipped {bad}: ")
-    assert notes[1:3] == [
-        f"  {root / 'val'}: ignored 1 file: .gif 1",
-        f"  {root / 'val'} has no images of dog",
+    changed, chose, *notes = told["notes"]
+    assert "some have come, gone or changed" in changed
+    assert "chose the epoch" in chose
+    assert notes[0].startswith(f"skipped {bad}: ")
+    assert notes[1:] == [
+        f"{root / 'val'}: ignored 1 file: .gif 1",
+        f"{root / 'val'} has no images of dog",
     ]
+    assert all(f"\n  {note}\n" in text for note in told["notes"])
     assert text in capsys.readouterr().out
     assert count(told) == 2
     assert told["classes"]["dog"]["recall"] is None

@@ -18,9 +18,9 @@ from test_recipe_runs import SHORT, Signal
 from resnet_reg_ext import cli
 from resnet_reg_ext.atomic_write import atomic_write
 from resnet_reg_ext.recipe import compare
-from resnet_reg_ext.recipe.callbacks import Stopped, WholeFiles
+from resnet_reg_ext.recipe.callbacks import WholeFiles
 from resnet_reg_ext.recipe.evaluate import evaluate
-from resnet_reg_ext.recipe.files import RecipeError, locked, write_text
+from resnet_reg_ext.recipe.files import RecipeError, Stopped, locked, write_text
 from resnet_reg_ext.recipe.results import Result
 from resnet_reg_ext.recipe.settings import save_options
 from resnet_reg_ext.recipe.train import train
@@ -216,9 +216,9 @@ def test_a_comparison_killed_at_any_write_ends_as_one_that_went_through(tmp_path
     out = tmp_path / "killed"
     begin = ["compare", *arguments(run), "--out", str(out)]
     resume = ["compare", "--resume", str(out)]
-    # compare.yaml; the first run's run.yaml, last.ckpt, result.json and last.ckpt cut down; the
-    # second's run.yaml and last.ckpt.
-    for nth, command in ((1, begin), (3, begin), (4, resume), (5, resume), (4, resume)):
+    # compare.yaml; the first run's run.yaml, last.ckpt, predictions.csv, mistakes.json, result.json
+    # and last.ckpt cut down; the second's run.yaml and last.ckpt.
+    for nth, command in ((1, begin), (3, begin), (6, resume), (6, resume), (4, resume)):
         if (out / "compare.yaml").exists() and command is begin:
             command = resume
         killed = subprocess.run(

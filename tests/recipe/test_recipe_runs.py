@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from resnet_reg_ext import cli
 from resnet_reg_ext.recipe import compare
-from resnet_reg_ext.recipe.callbacks import Stopped
-from resnet_reg_ext.recipe.files import RecipeError
+from resnet_reg_ext.recipe.files import RecipeError, Stopped
 from resnet_reg_ext.recipe.results import Result
 from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import train
