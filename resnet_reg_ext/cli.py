@@ -17,6 +17,9 @@ _RECIPE = {
     "compare": "the same training under none, L2, L1 and elastic net, and a verdict",
     "path": "accuracy, gap and sparsity against the strength of L1",
     "evaluate": "what a checkpoint does: accuracy by class, confusion, features, sparsity",
+    "compact": "take channels out of a checkpoint: those that are zero, or matter least",
+    "export": "write a checkpoint as ONNX, or as plain weights",
+    "latency": "how long checkpoints take, beside the dense model",
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from . import compare, evaluate
+from . import channel_commands, compare, evaluate
 from .callbacks import Stopped
 from .files import RecipeError
 from .options import Parser, add_run_options, config_arguments, run_from
@@ -160,6 +160,8 @@ def _path(arguments: list[str]) -> None:
     )
     _add_out(parser, "out/path")
     args = _settle(parser, arguments, "path")
+    if args.channels is not None:
+        raise RecipeError("--channels isn't for path, whose runs start from each other's weights")
     if args.l1 != sorted(set(args.l1)):
         raise RecipeError(f"--l1 must increase, got {' '.join(f'{v:g}' for v in args.l1)}")
     _list_files(
@@ -197,6 +199,16 @@ def _evaluate(arguments: list[str]) -> None:
     _list_files(evaluate.evaluate(args.checkpoint, args.data, args.split, args.corrupt, out))
 
 
+def _listing(command: Callable[[list[str]], list[Path]]) -> Callable[[list[str]], None]:
+    """The command, which tells the files that it has written."""
+
+    def run(arguments: list[str]) -> None:
+        if paths := command(arguments):
+            _list_files(paths)
+
+    return run
+
+
 def _list_files(paths: Sequence[Path]) -> None:
     if is_rank_zero():
         print("\nWritten:", *paths, sep="\n  ")
@@ -207,4 +219,5 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "path": _path,
     "evaluate": _evaluate,
+    **{name: _listing(command) for name, command in channel_commands.COMMANDS.items()},
 }
