@@ -62,10 +62,20 @@ def scores_of(
     sets: Channels,
     method: str = "taylor",
 ) -> dict[str, Tensor]:
-    """How much each channel matters, by the set's name."""
+    """How much each channel matters, by the set's name.
+
+    Raises:
+        RecipeError: the loss is not finite.
+    """
     dtype = classifier.model.get_parameter("conv1.weight").dtype
     converted = ((images.to(dtype), labels) for images, labels in batches)
-    return importance(classifier.model, converted, method=method, sets=sets)
+    scores = importance(classifier.model, converted, method=method, sets=sets)
+    if not all(bool(of_set.isfinite().all()) for of_set in scores.values()):
+        raise RecipeError(
+            "channels can't be ranked: the loss is not finite, training has diverged; try a lower "
+            "--lr"
+        )
+    return scores
 
 
 def check_share(option: str, share: float, sets: Channels, multiple_of: int) -> None:

@@ -150,7 +150,7 @@ def shapes_in(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
             return checked_description(json.loads(text), path)
         except (ValueError, RecursionError):
             raise RecipeError(f"{path} is damaged: its description is no JSON") from None
-    found = content if content.get("format") == FORMAT else content.get("compact")
+    found = content if content.get("format") == FORMAT else content.get(FORMAT)
     return checked_description(found, path)
 
 

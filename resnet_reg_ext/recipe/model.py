@@ -20,7 +20,7 @@ from .. import ProxSGD, Sparsity, TargetSparsity, param_groups, sparsity
 from .checkpoints import Checkpoint, load_checkpoint
 from .files import RecipeError
 from .settings import STAGES, Run
-from .shapes import description_of, give_shapes
+from .shapes import FORMAT, description_of, give_shapes
 from .splits import Source
 
 
@@ -130,7 +130,7 @@ class Classifier(pl.LightningModule):
         checkpoint["run"] = asdict(self.run)
         checkpoint["classes"] = list(self.classes)
         if (shapes := description_of(self.model)) is not None:
-            checkpoint["compact"] = shapes
+            checkpoint[FORMAT] = shapes
         if self.source is not None:
             checkpoint["source"] = asdict(self.source)
 

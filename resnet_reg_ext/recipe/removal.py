@@ -23,6 +23,7 @@ from .channel_choice import (
     scores_of,
     take_out,
 )
+from .cost import count_multiply_adds, shortened
 from .files import RecipeError
 from .model import Classifier
 from .processes import count_processes
@@ -122,8 +123,17 @@ class ChannelRemoval(Callback):
         first, last = self.stages[0] + 1, self.stages[-1] + 1
         when = f"as epoch {first} begins" if first == last else f"from epoch {first} to {last}"
         return (
-            f"channels: {self.run.channels:.1%} of {sum(self.sizes.values())} will be taken out, "
-            f"{when}, the least important first ({self.run.method})"
+            f"channels: {self.run.channels:.1%} are taken out {when}, the least important first "
+            f"({self.run.method})"
+        )
+
+    def outcome(self, classifier: Classifier) -> str:
+        """What is left."""
+        size = self.run.image_size
+        return (
+            f"channels: {self.sets.total} of {sum(self.sizes.values())} are left, "
+            f"{shortened(count_parameters(classifier.model))} parameters, "
+            f"{shortened(count_multiply_adds(classifier.model, size))} multiply-adds at {size} px"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,7 +143,9 @@ class ChannelRemoval(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
         sizes, done = state_dict["sizes"], state_dict["done"]
-        known = isinstance(sizes, Mapping) and set(sizes) >= set(self.sizes)
+        known = isinstance(sizes, Mapping) and all(
+            type(sizes.get(one.name)) is int and sizes[one.name] >= one.size for one in self.sets
+        )
         if not known or type(done) is not int or not 0 <= done <= len(self.stages):
             raise RecipeError("the checkpoint is damaged: its channels or stages are impossible")
         self.sizes, self.done = dict(sizes), done
@@ -175,11 +187,11 @@ class ChannelRemoval(Callback):
         with suppress(OSError):
             tqdm.write(
                 f"  epoch {epoch + 1} begins with {self.sets.total} of {total} channels, "
-                f"{count_parameters(classifier.model)} parameters"
+                f"{shortened(count_parameters(classifier.model))} parameters"
             )
 
 
-# By --method. Another one is a Callback with the same arguments, ``check`` and ``describe``.
+# By --method. Another one is a Callback with the same arguments and the same methods.
 _METHODS = {"taylor": ChannelRemoval}
 
 

@@ -97,7 +97,8 @@ def train(
         _fit(trainer, classifier, ImageData(images, run), last if resume else None, history)
         result = _result(run, images, classifier, history, trainer)
         if is_rank_zero():
-            for line in _outcome(result, trainer):
+            left = [one.outcome(classifier) for one in removal]
+            for line in (*left, *_outcome(result, trainer)):
                 print(f"  {line}", flush=True)
             # In this order: what has no result yet can still be resumed. A run that is killed
             # between both is finished by ``finish``.

@@ -20,6 +20,7 @@ from resnet_reg_ext.recipe.files import RecipeError
 from resnet_reg_ext.recipe.model import Classifier, load_classifier
 from resnet_reg_ext.recipe.removal import stages
 from resnet_reg_ext.recipe.settings import Run
+from resnet_reg_ext.recipe.shapes import FORMAT
 from resnet_reg_ext.recipe.train import train
 from resnet_reg_ext.recipe.weights import load_weights
 
@@ -84,14 +85,14 @@ def test_the_share_is_reached_and_a_tenth_of_every_set_stays(runs):
 def test_an_interrupted_run_ends_with_the_same_bits(runs):
     folder, whole, resumed, left, _ = runs
     assert left["global_step"] == 3
-    shapes = {name: shape for name, (shape, _) in left["compact"]["layers"].items()}
+    shapes = {name: shape for name, (shape, _) in left[FORMAT]["layers"].items()}
     assert 0.2 * 2048 < shapes["layer4.2.conv3"][0] <= 2048  # between both removals
     assert resumed.history == whole.history
     assert resumed.confusion == whole.confusion
     first, second = (
         torch.load(folder / name / "last.ckpt", weights_only=True) for name in ("whole", "stopped")
     )
-    assert first["compact"] == second["compact"]
+    assert first[FORMAT] == second[FORMAT]
     assert all(torch.equal(v, second["state_dict"][n]) for n, v in first["state_dict"].items())
     momentum = [c["optimizer_states"][0]["state"] for c in (first, second)]
     assert len(momentum[0]) == 161
@@ -184,7 +185,7 @@ def dead(tmp_path_factory):
                     parameter[::2] = 0
     content = {"state_dict": classifier.state_dict()}
     classifier.on_save_checkpoint(content)
-    assert "compact" not in content
+    assert FORMAT not in content
     file = tmp_path_factory.mktemp("dead") / "dense.ckpt"
     save_checkpoint(content, file)
     return file
@@ -259,7 +260,7 @@ def test_a_compact_checkpoint_is_evaluated_and_trained_on(runs, tmp_path, capsys
 def test_damaged_shapes_are_refused(runs, tmp_path):
     folder, *_ = runs
     content = torch.load(folder / "whole" / "best.ckpt", weights_only=True)
-    size = content["compact"]["layers"]["layer1.0.conv1"][0]
+    size = content[FORMAT]["layers"]["layer1.0.conv1"][0]
     for change, reason in {
         "version": "has version 9 of the format",
         "huge": "layer1.0.conv1.weight is .*, must be",
@@ -270,7 +271,7 @@ def test_damaged_shapes_are_refused(runs, tmp_path):
         "text": "its shapes aren't those of a compact model",
     }.items():
         damaged = copy.deepcopy(content)
-        description, state = damaged["compact"], damaged["state_dict"]
+        description, state = damaged[FORMAT], damaged["state_dict"]
         if change == "version":
             description["version"] = 9
         elif change == "huge":
@@ -286,7 +287,7 @@ def test_damaged_shapes_are_refused(runs, tmp_path):
         elif change == "foreign":
             description["architecture"] = "vgg16"
         else:
-            damaged["compact"] = "small"
+            damaged[FORMAT] = "small"
         file = tmp_path / f"{change}.ckpt"
         torch.save(damaged, file)
         with pytest.raises(RecipeError, match=reason):
