@@ -41,14 +41,14 @@ class Experiment:
 EXPERIMENTS = {
     "digits": Experiment(
         (None, 0.8),
-        {"epochs": 20, "evaluate_every": 10},
+        {"epochs": 20, "evaluate_every": 20},
         {"epochs": 2, "train_size": 20, "test_size": 20, "batch_size": 10, "image_size": 16},
     ),
     "frontier": Experiment(
         (None, 0.3, 0.5, 0.7),
         {
-            "epochs": 20,
-            "evaluate_every": 10,
+            "epochs": 15,
+            "evaluate_every": 15,
             "image_size": 64,
             "train_size": 160,
             "test_size": 400,

@@ -28,6 +28,7 @@ from .files import RecipeError
 from .model import Classifier
 from .processes import count_processes
 from .settings import Run
+from .shapes import to_channels_last
 from .splits import Split
 
 _STAGES = 10  # at most
@@ -183,6 +184,7 @@ class ChannelRemoval(Callback):
         left = total - round(share * total)
         taken = take_out(classifier, self.sets, scores, left, self.sizes, optimizer=optimizer)
         classifier.model = taken.model
+        to_channels_last(classifier.model)
         self.sets = find_channels(classifier)
         with suppress(OSError):
             tqdm.write(

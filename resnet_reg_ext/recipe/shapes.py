@@ -19,7 +19,7 @@ from ..structure.compact_description import (
 )
 from .files import RecipeError
 
-__all__ = ["FORMAT", "checked_description", "description_of", "give_shapes"]
+__all__ = ["FORMAT", "checked_description", "description_of", "give_shapes", "to_channels_last"]
 
 ARCHITECTURE = "resnet50"
 _HEAD = "fc"
@@ -104,4 +104,17 @@ def give_shapes(
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.Linear):
             module.reset_parameters()
-    model.to(memory_format=torch.channels_last)
+    to_channels_last(model)
+
+
+@torch.no_grad()
+def to_channels_last(model: nn.Module) -> None:
+    """Lays all kernels out alike, also those whose strides are ambiguous, as of 1x1 kernels.
+
+    oneDNN adds in another order where strides differ: a run that is resumed would not end with the
+    same bits. ``module.to(memory_format=...)`` leaves such strides as they are.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            alike = torch.empty_like(parameter, memory_format=torch.channels_last)
+            parameter.data = alike.copy_(parameter)
