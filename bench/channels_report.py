@@ -183,10 +183,12 @@ def _draw_panel(axes: Any, title: str, results: dict[str, Any]) -> None:
     axes.errorbar(x, y, yerr=errors, color=colour, marker="o", capsize=3, linewidth=1)
     for row, left, height in zip(rows, x, y, strict=True):
         axes.scatter([left] * len(row["accuracy"]), row["accuracy"], s=10, color=INK, zorder=3)
-        label = "all channels" if row["variant"] == "dense" else f"{share_of(row['variant'])} off"
+        label = "dense" if row["variant"] == "dense" else f"{share_of(row['variant'])} off"
         axes.annotate(label, (left, height), textcoords="offset points", xytext=(6, -14))
     axes.set_xscale("log")
-    axes.margins(x=0.25)
+    axes.set_xticks(x, [f"{value:.3g}" for value in x])
+    axes.minorticks_off()
+    axes.margins(x=0.35, y=0.15)
     size = results["latency"]["image_size"]
     axes.set_xlabel(f"ms an image, onnxruntime, 1 thread, {size} px")
     axes.set_title(title, fontsize=10)
