@@ -74,6 +74,8 @@ def compact_checkpoint(
         print(_largest_difference(classifier, result))
         classifier.model = result.model
     else:
+        if share is not None:
+            check_share("--share", share, sets, multiple_of)
         split = _images(classifier, data, corrupt)
         batches = islice(batches_of(split, classifier.run), RANKED_BATCHES)
         scores = scores_of(classifier, batches, sets, method)
@@ -135,7 +137,6 @@ def _without_share(
     share: float,
     multiple_of: int,
 ) -> Compacted:
-    check_share("--share", share, sets, multiple_of)
     sizes = {one.name: one.size for one in sets}
     left = sets.total - round(share * sets.total)
     return take_out(classifier, sets, scores, left, sizes, multiple_of=multiple_of)
