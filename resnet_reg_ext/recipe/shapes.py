@@ -82,9 +82,9 @@ def give_shapes(
     """
     classes = model.get_submodule(_HEAD).out_features
     layers = dict(description["layers"])
-    if _HEAD not in layers:
-        raise RecipeError(f"{where} is damaged: its shapes have no {_HEAD}")
-    layers[_HEAD] = [[classes, layers[_HEAD][0][-1]], 1]
+    if len(layers.get(_HEAD, [[]])[0]) != 2:
+        raise RecipeError(f"{where} is damaged: its shapes have no {_HEAD} of two dimensions")
+    layers[_HEAD] = [[classes, layers[_HEAD][0][1]], 1]
     try:
         shape_layers(model, {**description, "layers": layers})
         for name, tensor in model.state_dict().items():
@@ -93,9 +93,12 @@ def give_shapes(
                 continue
             if name not in state:
                 raise ValueError(f"{name} is missing")
-            if state[name].shape != tensor.shape:
-                shape = tuple(state[name].shape)
-                raise ValueError(f"{name} is {shape}, must be {tuple(tensor.shape)}")
+            value = state[name]
+            if value.shape != tensor.shape:
+                raise ValueError(f"{name} is {tuple(value.shape)}, must be {tuple(tensor.shape)}")
+            # A stride of 0 makes a tensor of any size from a few bytes.
+            if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+                raise ValueError(f"{name} has fewer values than its shape says")
         check_fit(model)
     except (ValueError, RuntimeError, TypeError, IndexError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -267,6 +267,8 @@ def test_damaged_shapes_are_refused(runs, tmp_path):
         "misfit": "is damaged: ",
         "missing": "layer1.0.conv1.weight is missing",
         "foreign": "is a compact vgg16, not a resnet50",
+        "headless": "its shapes have no fc of two dimensions",
+        "expanded": "layer1.0.conv1.weight has fewer values than its shape says",
         "text": "its shapes aren't those of a compact model",
     }.items():
         damaged = copy.deepcopy(content)
@@ -283,6 +285,10 @@ def test_damaged_shapes_are_refused(runs, tmp_path):
             state["model.layer1.0.conv1.weight"] = torch.zeros(size[0], size[1] + 8, 1, 1)
         elif change == "missing":
             del state["model.layer1.0.conv1.weight"]
+        elif change == "headless":
+            description["layers"]["fc"] = [[], 1]
+        elif change == "expanded":
+            state["model.layer1.0.conv1.weight"] = torch.zeros(1, 1, 1, 1).expand(size)
         elif change == "foreign":
             description["architecture"] = "vgg16"
         else:
