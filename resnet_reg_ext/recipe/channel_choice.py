@@ -23,7 +23,7 @@ from .splits import Split
 MULTIPLE_OF = 8
 # Of each set of coupled channels so many stay at least.
 MIN_KEEP = 0.1
-RANKED_BATCHES = 20  # at most: channels are ranked by them
+RANKED_BATCHES = 10  # at most: channels are ranked by them
 _SIDE = 32  # of the example image: which channels are coupled doesn't depend on it
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from ..structure.channel_sets import without
 from ..structure.compaction_report import count_parameters
 from .channel_choice import (
     MULTIPLE_OF,
@@ -31,7 +32,7 @@ from .settings import Run
 from .shapes import to_channels_last
 from .splits import Split
 
-_STAGES = 10  # at most
+_STAGES = 5  # at most: each ranks all channels
 
 
 def stages(epochs: int) -> list[int]:
@@ -185,7 +186,7 @@ class ChannelRemoval(Callback):
         taken = take_out(classifier, self.sets, scores, left, self.sizes, optimizer=optimizer)
         classifier.model = taken.model
         to_channels_last(classifier.model)
-        self.sets = find_channels(classifier)
+        self.sets = without(self.sets, taken.report.removed)
         with suppress(OSError):
             tqdm.write(
                 f"  epoch {epoch + 1} begins with {self.sets.total} of {total} channels, "

@@ -126,10 +126,8 @@ def test_refreshed_statistics_are_those_of_the_images():
 def test_channels_go_within_four_tenths_of_the_epochs():
     assert stages(2) == [1]
     assert stages(5) == [1, 2]
-    assert stages(20) == [2, 3, 4, 5, 6, 7, 8]
-    assert stages(100)[0] == 10
-    assert stages(100)[-1] == 40
-    assert len(stages(100)) == 10
+    assert stages(20) == [2, 4, 5, 6, 8]
+    assert stages(100) == [10, 18, 25, 32, 40]
 
 
 @pytest.mark.parametrize(
