@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .keys import MODELS
+from . import ROOT
+from .keys import EXPERIMENTS, MODELS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,6 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check and not options.readme:
             parser.error("report --check needs --readme FILE")
         return _report(options)
+    if options.command == "channels":
+        from . import channels
+
+        return channels.main(options)
     try:
         from . import machine
 
@@ -61,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("build/bench"), help="folder of the JSON, page and plots"
     )
-    commands = parser.add_subparsers(dest="command", metavar="report")
+    commands = parser.add_subparsers(dest="command", metavar="report or channels")
     report = commands.add_parser(
         "report",
         help="write page and plots, and the tables of README.md and bench/README.md, from a "
@@ -70,7 +75,30 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", type=Path, default=Path("bench/results/cpu.json"))
     report.add_argument("--readme", type=Path, help="the file whose tables are replaced")
     report.add_argument("--check", action="store_true", help="write nothing, compare the tables")
+    _add_channel_options(
+        commands.add_parser(
+            "channels", help="accuracy, latency and training time against channels taken out"
+        )
+    )
     return parser
+
+
+def _add_channel_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=(*EXPERIMENTS, "report"))
+    parser.add_argument("--seeds", type=_count, default=3)
+    parser.add_argument("--data", help="of frontier: a folder of images, one folder a class")
+    parser.add_argument("--weights", help="of frontier: a ResNet-50's state dict to start from")
+    parser.add_argument("--one", action="store_true", help="make the next missing run alone")
+    parser.add_argument("--small", action="store_true", help="try it out: a minute, no figures")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "build" / "channels", help="of the runs"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "docs" / "results" / "channels",
+        help="folder of JSON and plot",
+    )
 
 
 def _count(text: str) -> int:

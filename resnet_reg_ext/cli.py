@@ -19,6 +19,9 @@ _RECIPE = {
     "evaluate": "what a checkpoint does: accuracy by class, confusion, features, sparsity",
     "patch": "a fine-tuned checkpoint as a patch of its initial weights, and back",
     "predict": "classes and probabilities of images, as CSV or JSON",
+    "compact": "take channels out of a checkpoint: those that are zero, or matter least",
+    "export": "write a checkpoint as ONNX, or as plain weights",
+    "latency": "how long checkpoints take, beside the dense model",
 }
 
 

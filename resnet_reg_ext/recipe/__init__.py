@@ -15,6 +15,8 @@ The modules, in the order of a run:
 - ``data``: the images of a run, made of these;
 - ``checkpoints`` and ``weights``: files of others, read without trust;
 - ``model``: the ResNet-50, and the Lightning module with ``ProxSGD``;
+- ``shapes``: a ResNet-50 without some of its channels, in checkpoints;
+- ``channel_choice`` and ``removal``: which channels go, and their removal while training;
 - ``callbacks``: progress, history, checkpoints and stopping;
 - ``checks``, ``train`` and ``results``: one run, what is refused before it, what comes out;
 - ``compare``: several runs and what may be concluded from them;
@@ -24,5 +26,7 @@ The modules, in the order of a run:
 - ``plots`` and ``tensorboard``: pictures;
 - ``run_folders``, ``report_plots``, ``report_page`` and ``report``: ``report.html``, from the files
   in an output folder;
-- ``commands``: the command line.
+- ``compaction``, ``onnx_export``, ``latency``, ``cost``: a checkpoint with fewer channels, in other
+  formats, its time and its size;
+- ``commands`` and ``channel_commands``: the command line.
 """

@@ -136,7 +136,8 @@ class Checkpoints(Callback):
         if not evaluated(trainer):
             return
         loss = float(trainer.callback_metrics["test_loss"])
-        if self.best and (self.lowest is None or loss < self.lowest):
+        assert isinstance(pl_module, Classifier)
+        if self.best and not pl_module.is_shrinking and (self.lowest is None or loss < self.lowest):
             self.lowest = loss
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
         trainer.save_checkpoint(self.folder / "last.ckpt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..atomic_write import atomic_write
 from .files import RecipeError
 from .settings import Run, run_from_file
+from .shapes import FORMAT, checked_description
 from .splits import Source
 
 # What Lightning's checkpoints hold beside the weights, to go on training from.
@@ -32,6 +34,8 @@ class Checkpoint:
     source: Source | None
     """The files that it was trained on, where it tells."""
     is_resumable: bool
+    shapes: Mapping[str, Any] | None = None
+    """Those of a compact model; None where it has all channels."""
 
 
 def read_file(path: Path) -> Any:
@@ -120,7 +124,34 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if resumable:
         _check_training_state(content, run, path)
     classes = class_names(content["classes"], path)
-    return Checkpoint(run, classes, state, _source(content.get("source"), path), resumable)
+    source = _source(content.get("source"), path)
+    return Checkpoint(run, classes, state, source, resumable, shapes_in(path, content))
+
+
+def shapes_in(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The shapes of a compact model in a file; None where it has all channels.
+
+    Args:
+        path: the file.
+        content: what :func:`read_file` gave: a checkpoint of this recipe, a file that
+            ``save_compact`` wrote, or anything else.
+
+    Raises:
+        RecipeError: they are damaged, or of another architecture.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(FORMAT)
+        if text is None:
+            return None
+        try:
+            return checked_description(json.loads(text), path)
+        except (ValueError, RecursionError):
+            raise RecipeError(f"{path} is damaged: its description is no JSON") from None
+    found = content if content.get("format") == FORMAT else content.get(FORMAT)
+    return checked_description(found, path)
 
 
 def class_names(content: Any, where: object) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from .checkpoints import Checkpoint
 from .files import RecipeError
 from .processes import count_processes, launch, with_processes
+from .removal import check_removal
 from .settings import LARGEST_SEED, Run, check_run, with_absolute_paths
 from .splits import Images
 
@@ -31,6 +32,7 @@ def settled(run: Run, before: Checkpoint | None = None) -> Run:
         run = replace(run, data=before.source.folder)  # run.yaml of 0.1.0 has it as it was typed
     run = with_absolute_paths(with_processes(run))
     _check_machine(run)
+    check_removal(run)
     return run
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 # The modules that need the extra `train` are imported once the options are parsed: --help works
 # without them.
+from . import channel_commands
 from .files import RecipeError, Stopped
+from .libraries import import_libraries
 from .options import Parser, add_run_options, config_arguments, run_from
 from .settings import OPTIONS_FILES, SPLITS, Number, Run, expanded
 from .terminal import escape_what_cannot_be_shown, one_line
@@ -58,21 +60,6 @@ def _is_rank_zero() -> bool:
     return is_rank_zero()
 
 
-def _import_libraries() -> None:
-    """Imports what takes seconds.
-
-    Raises:
-        RecipeError: the extra `train` is not installed, or is for another torch.
-    """
-    try:
-        from . import compare, evaluate  # noqa: F401
-    # A torchvision built for another torch raises a RuntimeError or OSError.
-    except (ImportError, OSError, RuntimeError) as error:
-        raise RecipeError(
-            f"it needs the extra 'train': pip install '.[train]' in the sources' folder ({error})"
-        ) from None
-
-
 def _parser(command: str) -> Parser:
     return Parser(prog=f"resnet-reg {command}", allow_abbrev=False)
 
@@ -83,7 +70,7 @@ def _parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
     finder.add_argument("--config")
     config = finder.parse_known_args(arguments)[0].config
     if config is not None:
-        _import_libraries()  # YAML's among them
+        import_libraries()  # YAML's among them
         arguments = [*config_arguments(config, parser), *arguments]
     args: argparse.Namespace = parser.parse_args(arguments)
     return args
@@ -135,7 +122,7 @@ def _train(arguments: list[str]) -> None:
     add_run_options(parser, Run())
     _add_out(parser, "out/train")
     args = _settle(parser, arguments, "train")
-    _import_libraries()
+    import_libraries()
     from .compare import table
     from .report import write_report
     from .results import Result
@@ -173,7 +160,7 @@ def _compare(arguments: list[str]) -> None:
     )
     _add_out(parser, "out/compare")
     args = _settle(parser, arguments, "compare")
-    _import_libraries()
+    import_libraries()
     from .compare import compare
 
     run = run_from(args, COMPARED)
@@ -198,9 +185,11 @@ def _path(arguments: list[str]) -> None:
     )
     _add_out(parser, "out/path")
     args = _settle(parser, arguments, "path")
-    _import_libraries()
+    import_libraries()
     from .compare import path
 
+    if args.channels is not None:
+        raise RecipeError("--channels isn't for path, whose runs start from each other's weights")
     if args.l1 != sorted(set(args.l1)):
         raise RecipeError(f"--l1 must increase, got {' '.join(f'{v:g}' for v in args.l1)}")
     _list_with_report(
@@ -243,7 +232,7 @@ def _evaluate(arguments: list[str]) -> None:
         "--overwrite", action="store_true", help="replace an evaluation that is there"
     )
     args = parser.parse_args(arguments)
-    _import_libraries()
+    import_libraries()
     from .evaluate import evaluate
 
     _list_files(
@@ -281,7 +270,7 @@ def _predict(arguments: list[str]) -> int:
         "--workers", type=Number(int, 0), default=0, help="processes that load images (default: 0)"
     )
     args = parser.parse_args(arguments)
-    _import_libraries()
+    import_libraries()
     from .predict import predict
 
     passed_over = predict(
@@ -311,6 +300,16 @@ def _list_with_report(written: Sequence[Path], out: Path) -> None:
         _list_files([*written, write_report(out)])
 
 
+def _listing(command: Callable[[list[str]], list[Path]]) -> Callable[[list[str]], None]:
+    """The command, which tells the files that it has written."""
+
+    def run(arguments: list[str]) -> None:
+        if paths := command(arguments):
+            _list_files(paths)
+
+    return run
+
+
 def _list_files(paths: Sequence[Path]) -> None:
     if _is_rank_zero():
         print("\nWritten:", *paths, sep="\n  ")
@@ -323,4 +322,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "evaluate": _evaluate,
     "patch": _patch,
     "predict": _predict,
+    **{name: _listing(command) for name, command in channel_commands.COMMANDS.items()},
 }

@@ -17,9 +17,10 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchvision.models import resnet50
 
 from .. import ProxSGD, Sparsity, TargetSparsity, param_groups, sparsity
-from .checkpoints import load_checkpoint
+from .checkpoints import Checkpoint, load_checkpoint
 from .files import RecipeError
 from .settings import STAGES, Run
+from .shapes import FORMAT, description_of, give_shapes
 from .splits import Source
 
 
@@ -40,6 +41,8 @@ class Classifier(pl.LightningModule):
         self.model = resnet50(num_classes=len(classes), zero_init_residual=True)
         self.model.to(memory_format=torch.channels_last)
         self.frozen = freeze(self.model, run.freeze)
+        self.is_shrinking = False
+        """Whether channels are still to be taken out: the weights aren't those asked for yet."""
         # Two sets are measured after an epoch: the training images and the test images.
         count = len(classes)
         self.scores = nn.ModuleList(
@@ -126,6 +129,8 @@ class Classifier(pl.LightningModule):
         """Adds what ``load_classifier`` needs."""
         checkpoint["run"] = asdict(self.run)
         checkpoint["classes"] = list(self.classes)
+        if (shapes := description_of(self.model)) is not None:
+            checkpoint[FORMAT] = shapes
         if self.source is not None:
             checkpoint["source"] = asdict(self.source)
 
@@ -147,14 +152,26 @@ def regularised(classifier: Classifier) -> Sparsity:
     return Sparsity(tuple(la for la in sparsity(classifier.model).layers if la.name in names))
 
 
+def shape_as(classifier: Classifier, checkpoint: Checkpoint, path: Path) -> None:
+    """Takes the channels out of a classifier that a compact checkpoint doesn't have.
+
+    Raises:
+        RecipeError: the checkpoint's shapes and tensors don't fit together.
+    """
+    if checkpoint.shapes is not None:
+        state = {n.removeprefix("model."): v for n, v in checkpoint.state_dict.items()}
+        give_shapes(classifier.model, checkpoint.shapes, state, path)
+
+
 def load_classifier(path: Path) -> Classifier:
-    """The trained model of a checkpoint, ready for evaluation.
+    """The trained model of a checkpoint, dense or compact, ready for evaluation.
 
     Raises:
         RecipeError: the file is no checkpoint, or its model has another architecture.
     """
     checkpoint = load_checkpoint(path)
     classifier = Classifier(checkpoint.run, checkpoint.classes, checkpoint.source)
+    shape_as(classifier, checkpoint, path)
     own, state = classifier.state_dict(), checkpoint.state_dict
     for name in sorted(set(own) ^ set(state)):
         raise RecipeError(f"{path} is not a ResNet-50's: {name} is missing or unknown")

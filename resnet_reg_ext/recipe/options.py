@@ -40,6 +40,9 @@ _HELP = {
         "l1": "coefficient of the L1 norm",
         "target_sparsity": "share of the regularised weights to be zero within 80 %% of the steps: "
         "l1 is steered from --l1 on, and the zeros are then frozen",
+        "channels": "share of the channels to take out while training, within 40 %% of the epochs, "
+        "so that the model gets smaller and epochs cheaper; needs the extra 'compact'",
+        "method": "how channels are chosen: by the Taylor expansion of the loss",
         "weight_decay": "coefficient of half the squared L2 norm",
         "lr": "learning rate at the start; falls to 0 along a cosine",
         "momentum": "momentum",

@@ -20,6 +20,7 @@ SPLITS = ("train", "val", "test")
 STAGES = ("none", "conv1", "layer1", "layer2", "layer3", "layer4")
 AUGMENTATIONS = ("none", "shift", "standard")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+METHODS = ("taylor",)  # of --channels
 LARGEST_SEED = 2**32 - 1  # NumPy's, which draws the splits
 PUBLISHED = ("none", "imagenet")  # values of --weights that name no file
 
@@ -38,6 +39,8 @@ class Run:
     freeze: str = "none"
     l1: float = 0.0
     target_sparsity: float | None = None
+    channels: float | None = None
+    method: str = "taylor"
     weight_decay: float = 0.0
     lr: float = 0.02
     momentum: float = 0.9
@@ -154,6 +157,8 @@ RULES: dict[str, Number | Choice | Text] = {
     "freeze": Choice(STAGES),
     "l1": _RATE,
     "target_sparsity": Number(float, 0.01, 1, below=True),
+    "channels": Number(float, 0, 0.85, above=True),
+    "method": Choice(METHODS),
     "weight_decay": _RATE,
     "lr": _RATE,
     "momentum": Number(float, 0, 1, below=True),

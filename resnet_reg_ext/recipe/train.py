@@ -25,9 +25,10 @@ from .checks import check_images, check_resumable, settled
 from .data import load_images
 from .files import RecipeError, Stopped, locked, prepare_folder
 from .loaders import ImageData, evaluation_loader
-from .model import Classifier, regularised
+from .model import Classifier, regularised, shape_as
 from .predictions import save_predictions
 from .processes import ignored_ranks, is_rank_zero, trainer_processes
+from .removal import removal_of
 from .results import Result, made_with
 from .settings import DIGITS, OPTIONS_FILES, Run, save_options
 from .splits import Images, Split
@@ -75,17 +76,21 @@ def train(
     if before is not None:
         check_resumable(before, last, images)
     classifier = Classifier(run, images.classes, images.source)
+    if before is not None:
+        shape_as(classifier, before, last)
     weights = _initial_weights(classifier, last if resume else None, start)
+    removal = removal_of(run, classifier, images.train, resumed=resume)
     prepare_folder(out, 2 * FULL_CHECKPOINT + (2 * WEIGHTS if keep_best else 0))
     with locked(out) if is_rank_zero() else nullcontext():
         if not resume:
             _before(out, resume)  # another run may have been here since
         if is_rank_zero():
             save_options(asdict(run), out / OPTIONS_FILES["train"])
-            for line in (*describe(run, images), weights):
+            said = [one.describe() for one in removal]
+            for line in (*describe(run, images), *said, weights):
                 print(f"  {line}", flush=True)
         history = History()
-        ours = [history, tensorboard.ZerosByLayer(), Checkpoints(out, best=keep_best)]
+        ours = [history, *removal, tensorboard.ZerosByLayer(), Checkpoints(out, best=keep_best)]
         if run.early_stopping:
             ours.append(Patience(run.early_stopping))
         # Last: what it saves has then been counted, what the bar shows has been saved.
@@ -94,7 +99,8 @@ def train(
         _fit(trainer, classifier, ImageData(images, run), last if resume else None, history)
         result, logits = _result(run, images, classifier, history, trainer)
         if is_rank_zero():
-            for line in _outcome(result, trainer):
+            left = [one.outcome(classifier) for one in removal]
+            for line in (*left, *_outcome(result, trainer)):
                 print(f"  {line}", flush=True)
             tensorboard.log_result(trainer, run, result.last)
             save_predictions(out, images.test, logits, images.classes)
@@ -238,7 +244,9 @@ def check(run: Run) -> None:
     run = settled(run)
     images = load_images(run)
     check_images(run, images)
-    load_weights(Classifier(run, images.classes), run.weights)
+    classifier = Classifier(run, images.classes)
+    load_weights(classifier, run.weights)
+    removal_of(run, classifier, images.train)
 
 
 def predict(

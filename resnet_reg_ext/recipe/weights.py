@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torchvision.models import ResNet50_Weights
 
-from .checkpoints import check_tensor, read_file
+from .checkpoints import check_tensor, read_file, shapes_in
 from .files import RecipeError
 from .model import Classifier
+from .shapes import give_shapes
 
 # What torch's wrappers of a module put into its parameters' names: torch.compile, FSDP,
 # activation checkpointing.
@@ -28,7 +29,8 @@ def load_weights(classifier: Classifier, source: str, *, must_be_finite: bool = 
     Args:
         classifier: whose model gets them.
         source: "none", "imagenet" (torchvision's, downloaded once), or a file with a state dict
-            of torchvision's ResNet-50 or a checkpoint of this recipe.
+            of torchvision's ResNet-50, a checkpoint of this recipe, or a compact model as
+            ``save_compact`` writes it, whose shapes the model gets.
         must_be_finite: refuse NaN and infinity.
 
     Returns:
@@ -51,7 +53,10 @@ def load_weights(classifier: Classifier, source: str, *, must_be_finite: bool = 
         source = f"ImageNet ({weights})"
         state, place = dict(found), ""
     else:
-        state, place = read_state(Path(source))
+        state, place, shapes = read_state(Path(source))
+        if shapes is not None:
+            give_shapes(classifier.model, shapes, state, source)
+            place += ", a compact model"
     own, classes = classifier.model.state_dict(), len(classifier.classes)
     head = {name: value for name, value in state.items() if name.startswith("fc.")}
     fits = {name: value.shape for name, value in head.items()} == {
@@ -101,8 +106,12 @@ def _check_finite(body: Mapping[str, Tensor], source: str) -> None:
             )
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The ResNet-50's part of a file, under torchvision's names, and where in the file it was.
+def read_state(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any] | None]:
+    """The ResNet-50's part of a file.
+
+    Returns:
+        Its tensors under torchvision's names, where in the file it was, and its shapes where it is
+        a compact model.
 
     Raises:
         RecipeError: the file can't be read, or holds no such network, or several.
@@ -110,6 +119,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], str]:
     content = read_file(path)
     if not isinstance(content, Mapping):
         raise RecipeError(f"{path} holds no state dict but a {type(content).__name__}")
+    shapes = shapes_in(path, content)
     found = {place: _networks(state) for place, state in _state_dicts(content)}
     place = next((place for place, networks in found.items() if networks), None)
     if place is None:
@@ -132,7 +142,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], str]:
     for name, value in state.items():
         check_tensor(path, name, value)
     usual = place in ("", "state_dict") and prefix in ("", "module.", "model.")
-    return state, "" if usual else f" (under {'.'.join(filter(None, (place, prefix[:-1])))})"
+    said = "" if usual else f" (under {'.'.join(filter(None, (place, prefix[:-1])))})"
+    return state, said, shapes
 
 
 def _state_dicts(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:

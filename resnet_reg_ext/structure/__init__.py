@@ -2,7 +2,8 @@
 
 From the ground up: ``channel_sets`` (plain objects), ``surgery`` and ``shortcuts`` (cutting),
 ``dependency_graph`` (candidates), ``channel_trial`` (each tried out), ``channels``, ``compact``,
-``importance``; beside them ``compaction_report`` and ``compact_checkpoint``.
+``importance``; beside them ``compaction_report``, and ``compact_description`` and
+``compact_checkpoint`` for files.
 """
 
 from .channel_sets import ChannelIndex, Channels, ChannelSet, ExcludedSet

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
@@ -165,3 +166,46 @@ def smallest_multiple(count: int, one: ChannelSet, multiple_of: int) -> int:
     """How many channels to keep, at least ``count``, so that rows are a multiple; at most all."""
     step = multiple_of // math.gcd(multiple_of, one.width)
     return min(one.size, -(-max(1, count) // step) * step)
+
+
+def without(sets: Channels, removed: Mapping[str, Sequence[int]]) -> Channels:
+    """The sets of a model whose channels were taken out, without a search.
+
+    A convolution that is left with one group is the exception: a search finds single channels
+    there, of which these sets know nothing.
+
+    Args:
+        sets: before.
+        removed: by the set's name which channels are gone, as a report tells.
+
+    Returns:
+        The same sets with fewer channels and new positions; without multiply-adds, which are
+        others now.
+    """
+    gone: dict[tuple[str, int], list[int]] = {}
+    for one in sets:
+        for index in one.all:
+            positions = gone.setdefault((index.tensor, index.dim), [])
+            positions += [p for i in removed.get(one.name, ()) for p in index.indices[i]]
+    for positions in gone.values():
+        positions.sort()
+
+    def moved(index: ChannelIndex, stay: Sequence[int]) -> ChannelIndex:
+        before = gone[index.tensor, index.dim]
+        positions = (index.indices[i] for i in stay)
+        return ChannelIndex(
+            index.tensor,
+            index.dim,
+            tuple(tuple(p - bisect_left(before, p) for p in at) for at in positions),
+        )
+
+    smaller = []
+    for one in sets:
+        lost = set(removed.get(one.name, ()))
+        stay = [i for i in range(one.size) if i not in lost]
+        parts = [
+            tuple(moved(index, stay) for index in part)
+            for part in (one.producers, one.consumers, one.statistics)
+        ]
+        smaller.append(ChannelSet(one.name, len(stay), *parts))
+    return Channels(tuple(smaller), sets.excluded)

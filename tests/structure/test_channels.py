@@ -9,7 +9,8 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import parametrizations, prune
 
-from resnet_reg_ext import channels
+from resnet_reg_ext import channels, remove
+from resnet_reg_ext.structure.channel_sets import without
 
 
 class _Ids:
@@ -272,3 +273,14 @@ def test_inputs_by_keyword_and_several():
     x = torch.rand(2, 3, 8, 8)
     expected = plain(channels(Sum(), (x, x)))
     assert plain(channels(Sum(), {"one": x, "other": x})) == expected
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet", "vgg_bn"])
+def test_the_sets_that_are_left_need_no_search(name):
+    """Of layers that read several sets, too, and of those that a flattened image feeds."""
+    model, found = network(name)
+    result = remove(model, None, share=0.4, sets=found)
+    left = without(found, result.report.removed)
+    assert left.total < found.total
+    x = torch.rand(2, 3, SIDE, SIDE)
+    assert left.sets == channels(result.model, x).sets
