@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import steps
+from . import libraries, steps
 from .keys import OURS
 from .measure import Step
 from .steps import Problem
@@ -182,21 +182,21 @@ BASELINES = {
             "torchao PAT, lasso, on SGD(fused)",
             "another method from the second step on: the map acts on a copy of latent weights with "
             "a threshold that grows with Σlr; only the first step is the same",
-            steps.pat_lasso,
+            libraries.pat_lasso,
             checked_steps=1,
         ),
         Baseline(
             "ftrl",
             "pytorch_optimizer FTRL",
             "another method: follow the regularised leader with L1, adaptive, no momentum",
-            steps.ftrl,
+            libraries.ftrl,
             checked_steps=0,
         ),
         Baseline(
             "proxtorch",
             "proxtorch L1 on SGD(fused)",
             "p.copy_(L1.prox(p)) for each tensor after the step",
-            steps.proxtorch,
+            libraries.proxtorch,
         ),
     )
 }

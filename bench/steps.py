@@ -305,63 +305,6 @@ def _with_changing_lr(problem: Problem, lr: Tensor, step: Step) -> Step:
     return changing
 
 
-# ---- other libraries ----------------------------------------------------------------------------
-
-
-def pat_lasso(problem: Problem) -> Step:
-    try:
-        from torchao.prototype.pat.optim import PruneOptimizer
-    except ImportError as error:
-        raise UnavailableError(f"torchao with prototype.pat: {first_line(error)}") from None
-    group = {
-        "params": problem.params,
-        "prox_type": "ProxLasso",
-        "group_type": "ElemGrouper",
-        "reg_lambda": problem.l1 * problem.k,
-    }
-    base = torch.optim.SGD(
-        [group],
-        lr=problem.lr,
-        momentum=problem.momentum,
-        weight_decay=problem.weight_decay,
-        fused=True,
-    )
-    step: Step = PruneOptimizer(base).step
-    return step
-
-
-def ftrl(problem: Problem) -> Step:
-    try:
-        from pytorch_optimizer import FTRL
-    except ImportError as error:
-        raise UnavailableError(f"pytorch_optimizer: {first_line(error)}") from None
-    step: Step = FTRL(
-        problem.params,
-        lr=problem.lr,
-        beta=1.0,
-        lambda_1=problem.l1,
-        lambda_2=problem.weight_decay,
-    ).step
-    return step
-
-
-def proxtorch(problem: Problem) -> Step:
-    try:
-        from proxtorch.operators import L1
-    except ImportError as error:
-        raise UnavailableError(f"proxtorch: {first_line(error)}") from None
-    sgd = problem.sgd(fused=True)
-    operator = L1(alpha=problem.l1 * problem.k)
-
-    @torch.no_grad()
-    def step() -> None:
-        sgd.step()
-        for p in problem.params:
-            p.copy_(operator.prox(p, problem.lr))
-
-    return step
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
