@@ -67,9 +67,10 @@ test-aarch64:
 	cmp build/aarch64/here build/aarch64/there
 	@echo "the CPU kernel gives the same bits on aarch64 as here"
 
-# On a machine with an NVIDIA GPU: its tests, compute-sanitizer and benchmarks, in one report file.
-gpu-check: .venv/.ready
-	$(BIN)/python tests/cuda/gpu_check.py
+# On a machine with an NVIDIA GPU: its tests, compute-sanitizer and timings, in one report. Takes the
+# Python that is there, with its torch, and no network: see the script.
+gpu-check:
+	$(PYTHON) tests/cuda/gpu_check.py
 
 bench: .venv/.ready-bench
 	$(BIN)/python -m bench
