@@ -178,13 +178,6 @@ MUTANTS = [
         "race",
     ),
     Mutant(
-        "coefficients overwritten while they are read",
-        KERNEL,
-        "  __syncthreads();  // nobody reads the last call's any more\n",
-        "",
-        "race",
-    ),
-    Mutant(
         "warps' zeros added before they are known",
         KERNEL,
         "= number;\n  __syncthreads();",
