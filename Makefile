@@ -72,9 +72,10 @@ test-aarch64:
 dist: .venv/.ready-dist
 	RESNET_REG_EXT_CUDA=$(CUDA) $(BIN)/python tests/packaging/make_dist.py --torch "$(firstword $(TORCH))"
 
-# On a machine with an NVIDIA GPU: its tests, compute-sanitizer and benchmarks, in one report file.
-gpu-check: .venv/.ready
-	$(BIN)/python tests/cuda/gpu_check.py
+# On a machine with an NVIDIA GPU: its tests, compute-sanitizer and timings, in one report. Takes the
+# Python that is there, with its torch, and no network: see the script.
+gpu-check:
+	$(PYTHON) tests/cuda/gpu_check.py
 
 # The documentation site, into build/docs.
 docs: .venv/.ready-docs

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -29,6 +30,8 @@ template <typename T>
 void assign(T& field, py::handle value) {
   if constexpr (std::is_pointer_v<T>) {
     field = reinterpret_cast<T>(value.cast<Address>());
+  } else if constexpr (std::is_enum_v<T>) {
+    field = static_cast<T>(value.cast<std::underlying_type_t<T>>());
   } else {
     field = value.cast<T>();
   }
@@ -71,8 +74,11 @@ void bind_keywords(py::module_& m, const char* name, const char* doc, bool all_r
   }));
   Struct::for_each_field([&](const char* field_name, auto field) {
     type.def_property_readonly(field_name, [field](const Struct& self) {
-      if constexpr (std::is_pointer_v<std::decay_t<decltype(self.*field)>>) {
+      using Field = std::decay_t<decltype(self.*field)>;
+      if constexpr (std::is_pointer_v<Field>) {
         return reinterpret_cast<Address>(self.*field);
+      } else if constexpr (std::is_enum_v<Field>) {
+        return static_cast<std::underlying_type_t<Field>>(self.*field);
       } else {
         return self.*field;
       }
@@ -120,59 +126,107 @@ cuda::DeviceValues values_on(const py::dict& device_values, int device) {
   return {};
 }
 
+// A bucket to step: tensors, options and the values in devices' memory.
+struct Step {
+  const Reading& reading;
+  const Options& options;
+  py::dict device_values;
+};
+
+// Throws TypeError for anything else; no Python code runs.
+std::vector<Step> steps_from(const py::list& given) {
+  std::vector<Step> steps;
+  for (const py::handle row : given) {
+    const auto step =
+        py::isinstance<py::tuple>(row) ? py::reinterpret_borrow<py::tuple>(row) : py::tuple();
+    if (step.size() != 3 || !py::isinstance<Reading>(step[0]) ||
+        !py::isinstance<Options>(step[1]) || !py::isinstance<py::dict>(step[2])) {
+      throw py::type_error("steps: must be tuples of a Reading, Options and a dict");
+    }
+    steps.push_back({step[0].cast<const Reading&>(), step[1].cast<const Options&>(),
+                     py::reinterpret_borrow<py::dict>(step[2])});
+  }
+  return steps;
+}
+
+// All buckets of one storage on one CUDA device: as few launches as their tables allow.
+struct CudaStep {
+  dlpack::Device device;
+  Storage storage;
+  std::vector<cuda::Bucket> buckets;
+  std::vector<cuda::Launch> launches;
+  void* stream;
+};
+
+std::vector<CudaStep> cuda_steps(const TensorReader& reader, const std::vector<Step>& steps) {
+  std::map<std::pair<int32_t, Storage>, CudaStep> by_kind;
+  for (const Step& step : steps) {
+    for (const Batch& batch : step.reading.batches) {
+      if (batch.device.device_type != dlpack::kCUDA) continue;
+      CudaStep& kind = by_kind[{batch.device.device_id, batch.storage}];
+      kind.device = batch.device;
+      kind.storage = batch.storage;
+      const auto values = values_on(step.device_values, batch.device.device_id);
+      kind.buckets.push_back({batch.operands, step.options, values});
+    }
+  }
+  std::vector<CudaStep> planned;
+  for (auto& [key, kind] : by_kind) {
+    kind.launches = cuda::plan(kind.buckets, kind.storage);
+    kind.stream = reader.describer().current_stream(kind.device);
+    planned.push_back(std::move(kind));
+  }
+  return planned;
+}
+
 // `threads` is py::int_, which takes no object with __index__: no Python code may run between
 // reading addresses and using them.
-void run(const TensorReader& reader, const Reading& reading, const Options& options,
-         const py::int_& threads, const py::dict& device_values) {
-  struct CudaStep {
-    const Batch& batch;
-    std::vector<cuda::Launch> launches;
-    void* stream;
-  };
+void run(const TensorReader& reader, const py::list& given, const py::int_& threads) {
   // All that can fail comes before the first change.
   const auto max_threads = threads.cast<int>();
-  std::vector<CudaStep> on_cuda;
-  for (const Batch& batch : reading.batches) {
-    if (batch.device.device_type != dlpack::kCUDA) continue;
-    const auto values = values_on(device_values, batch.device.device_id);
-    on_cuda.push_back({batch, cuda::plan(batch.operands, batch.storage, options, values),
-                       reader.describer().current_stream(batch.device)});
-  }
+  const std::vector<Step> steps = steps_from(given);
+  const std::vector<CudaStep> on_cuda = cuda_steps(reader, steps);
   const py::gil_scoped_release release;
   for (const CudaStep& step : on_cuda) {
-    cuda::launch(step.launches, step.batch.storage, step.batch.device.device_id, step.stream);
+    cuda::launch(step.launches, step.storage, step.device.device_id, step.stream);
   }
-  for (const Batch& batch : reading.batches) {
-    if (batch.device.device_type != dlpack::kCPU) continue;
-    cpu::prox_sgd(batch.operands, batch.storage, options, max_threads);
+  for (const Step& step : steps) {
+    for (const Batch& batch : step.reading.batches) {
+      if (batch.device.device_type != dlpack::kCPU) continue;
+      cpu::prox_sgd(batch.operands, batch.storage, step.options, max_threads);
+    }
   }
 }
 
-// Addresses of parameter, gradient, momentum buffer, master and zero counter (0 for none), and the
-// number of elements.
-using Row = std::tuple<Address, Address, Address, Address, Address, int64_t>;
+// Addresses of parameter, gradient, momentum buffer, master, start and zero counter (0 for none),
+// and the number of elements.
+using Row = std::tuple<Address, Address, Address, Address, Address, Address, int64_t>;
 
-py::list plan_cuda(const std::string& storage, const std::vector<Row>& rows, const Options& options,
-                   const cuda::DeviceValues& device_values, int64_t capacity,
-                   const std::vector<Address>& starts) {
+std::vector<Operands> operands_from(const std::vector<Row>& rows) {
   std::vector<Operands> operands;
   operands.reserve(rows.size());
-  if (!starts.empty() && starts.size() != rows.size()) {
-    throw std::invalid_argument("starts must be one a row, or none");
-  }
-  const auto start_of = [&](size_t row) {
-    return starts.empty() ? nullptr : reinterpret_cast<const void*>(starts[row]);
-  };
-  for (const auto& [param, grad, momentum_buffer, master_param, num_zeros, numel] : rows) {
+  for (const auto& [param, grad, momentum_buffer, master_param, start, num_zeros, numel] : rows) {
     if (numel < 0) throw std::invalid_argument("numel must not be negative");
     operands.push_back({reinterpret_cast<void*>(param), reinterpret_cast<const void*>(grad),
                         reinterpret_cast<void*>(momentum_buffer),
-                        reinterpret_cast<void*>(master_param), start_of(operands.size()), numel,
-                        reinterpret_cast<int64_t*>(num_zeros)});
+                        reinterpret_cast<void*>(master_param), reinterpret_cast<const void*>(start),
+                        numel, reinterpret_cast<int64_t*>(num_zeros)});
+  }
+  return operands;
+}
+
+py::list plan_cuda(
+    const std::string& storage,
+    const std::vector<std::tuple<std::vector<Row>, Options, cuda::DeviceValues>>& given,
+    int64_t capacity) {
+  std::vector<std::vector<Operands>> operands;
+  std::vector<cuda::Bucket> buckets;
+  for (const auto& bucket : given) operands.push_back(operands_from(std::get<0>(bucket)));
+  for (size_t i = 0; i < given.size(); ++i) {
+    buckets.push_back({operands[i], std::get<1>(given[i]), std::get<2>(given[i])});
   }
   py::list launches;
-  for (const cuda::Launch& launch :
-       cuda::plan(operands, storage_named(storage), options, device_values, capacity)) {
+  for (const cuda::Launch& launch : cuda::plan(buckets, storage_named(storage), capacity)) {
     py::dict entry;
     entry["kernel"] = launch.kernel;
     entry["grid"] = launch.grid;
@@ -251,22 +305,21 @@ PYBIND11_MODULE(_C, m) {
       true);
   bind_keywords<cuda::DeviceValues>(
       m, "DeviceValues",
-      "Addresses in a CUDA device's memory, 0 for none: lr, l1 (float64), grad_scale, "
-      "grad_coefficient and found_inf (float32).",
+      "Addresses in a CUDA device's memory, 0 for none: lr and l1, of the types that lr_dtype and "
+      "l1_dtype number (storage.h), grad_scale, grad_coefficient and found_inf (float32).",
       false);
   bind_reader(m);
 
-  m.def("prox_sgd_", &run, py::arg("reader"), py::arg("reading"), py::arg("options"),
-        py::arg("threads"), py::arg("device_values"),
-        "One step on all tensors of a reading, in place. `device_values`: CUDA device index -> "
-        "DeviceValues.");
+  m.def("prox_sgd_", &run, py::arg("reader"), py::arg("steps"), py::arg("threads"),
+        "One step on all tensors of readings, in place. `steps`: tuples of a reading, its options "
+        "and a dict, CUDA device index -> DeviceValues.");
 
-  m.def("plan_prox_sgd_cuda", &plan_cuda, py::arg("storage"), py::arg("rows"), py::arg("options"),
-        py::arg("device_values") = cuda::DeviceValues{}, py::arg("capacity") = 0,
-        py::arg("starts") = std::vector<Address>{},
-        "The launches for rows of (addresses of parameter, gradient, momentum buffer, master, zero "
-        "counter; elements): kernel, grid, block and parameter bytes of each. `starts`: an address "
-        "a row where the step is towards them. Needs no GPU and no CUDA build.");
+  m.def("plan_prox_sgd_cuda", &plan_cuda, py::arg("storage"), py::arg("buckets"),
+        py::arg("capacity") = 0,
+        "The launches for buckets of (rows, Options, DeviceValues), where a row is addresses of "
+        "parameter, gradient, momentum buffer, master, start and zero counter, and the number of "
+        "elements: kernel, grid, block and parameter bytes of each. Needs no GPU and no CUDA "
+        "build.");
 
   m.attr("storages") = [] {
     py::list names;

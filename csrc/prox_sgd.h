@@ -96,11 +96,13 @@ namespace cuda {
 // Values in device memory that the kernel reads when it runs: the host needn't wait for them, and a
 // captured CUDA graph follows them. Where one is null, Options holds the value.
 struct DeviceValues {
-  const double* lr = nullptr;
-  const double* l1 = nullptr;
+  const void* lr = nullptr;
+  const void* l1 = nullptr;
   const float* grad_scale = nullptr;
   const float* grad_coefficient = nullptr;
   const float* found_inf = nullptr;  // the step changes nothing where this isn't 0
+  DType lr_dtype = DType::float64;
+  DType l1_dtype = DType::float64;
 
   template <typename Visit>
   static void for_each_field(Visit&& visit) {
@@ -109,7 +111,16 @@ struct DeviceValues {
     visit("grad_scale", &DeviceValues::grad_scale);
     visit("grad_coefficient", &DeviceValues::grad_coefficient);
     visit("found_inf", &DeviceValues::found_inf);
+    visit("lr_dtype", &DeviceValues::lr_dtype);
+    visit("l1_dtype", &DeviceValues::l1_dtype);
   }
+};
+
+// Parameters of one storage on one device that have the same options.
+struct Bucket {
+  const std::vector<Operands>& operands;
+  const Options& options;
+  DeviceValues values;
 };
 
 struct Launch {
@@ -120,11 +131,11 @@ struct Launch {
   std::vector<unsigned char> parameters;  // the kernel's one parameter, byte for byte
 };
 
-// The launches that update all parameters. Plain C++: built and tested without CUDA. `capacity`
-// bounds the parameters of one launch; 0: as many as the kernel's parameter has room for. Throws
-// std::length_error for more elements than a grid can cover.
-std::vector<Launch> plan(const std::vector<Operands>& operands, Storage storage,
-                         const Options& options, const DeviceValues& values, int64_t capacity = 0);
+// The launches that update all parameters: one, unless the table of the kernel's parameter is too
+// small for all parameters or buckets. Plain C++: built and tested without CUDA. `capacity` bounds
+// the parameters of one launch; 0: as many as there is room for. Throws std::length_error for more
+// elements than a grid can cover.
+std::vector<Launch> plan(const std::vector<Bucket>& buckets, Storage storage, int64_t capacity = 0);
 
 // Launches a plan on `stream` of device `device` and returns without waiting. Throws
 // std::runtime_error with CUDA's own words if a launch is refused.

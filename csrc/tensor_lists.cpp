@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <map>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -45,15 +46,31 @@ bool storage_of(DType param, DType grad, const DType* momentum, const DType* mas
   return true;
 }
 
-Reason why_device_unusable(const dlpack::Device& device, cpu::Simd simd) {
-  if (device.device_type == dlpack::kCUDA) {
-    return cuda::why_unusable(device.device_id).empty() ? Reason::fits : Reason::no_cuda;
+// Whether devices can be used; each is asked about once.
+class Devices {
+ public:
+  explicit Devices(cpu::Simd simd) : simd_(simd) {}
+
+  Reason why_unusable(const dlpack::Device& device) {
+    const auto [found, is_new] = known_.try_emplace({device.device_type, device.device_id});
+    if (is_new) found->second = find_out(device);
+    return found->second;
   }
-  return cpu::why_unusable(simd).empty() ? Reason::fits : Reason::no_cpu;
-}
+
+ private:
+  Reason find_out(const dlpack::Device& device) const {
+    if (device.device_type == dlpack::kCUDA) {
+      return cuda::why_unusable(device.device_id).empty() ? Reason::fits : Reason::no_cuda;
+    }
+    return cpu::why_unusable(simd_).empty() ? Reason::fits : Reason::no_cpu;
+  }
+
+  cpu::Simd simd_;
+  std::map<std::pair<int32_t, int32_t>, Reason> known_;
+};
 
 // Compares the tensors of one parameter, all of which have been described.
-Reason compare(const Row& row, cpu::Simd simd, Storage* storage, Operands* out) {
+Reason compare(const Row& row, Devices& devices, Storage* storage, Operands* out) {
   const TensorView& p = row.views[kParam];
   const int32_t device_type = p.tensor.device.device_type;
   if (device_type != dlpack::kCPU && device_type != dlpack::kCUDA) return Reason::device;
@@ -84,7 +101,7 @@ Reason compare(const Row& row, cpu::Simd simd, Storage* storage, Operands* out) 
   if (out->numel == 0) return Reason::fits;
   if (!p.is_dense()) return Reason::not_dense;
   if (!has_memory) return Reason::unreadable;
-  const Reason unusable = why_device_unusable(p.tensor.device, simd);
+  const Reason unusable = devices.why_unusable(p.tensor.device);
   if (unusable != Reason::fits) return unusable;
   return same_layout ? Reason::fits : Reason::layout;  // the last: see Reason
 }
@@ -185,6 +202,7 @@ Reading TensorReader::read(const py::list& params, const py::list& grads,
                            const std::optional<py::list>& starts, int64_t* num_zeros) const {
   Reading reading;
   const cpu::Simd simd = cpu::simd_level();  // which another thread may set
+  Devices devices(simd);
   std::array<py::handle, kRoles> columns;
   const std::array<const py::list*, kRoles> given = {
       &params, &grads, momentum_buffers ? &*momentum_buffers : nullptr,
@@ -221,7 +239,7 @@ Reading TensorReader::read(const py::list& params, const py::list& grads,
     Storage storage{};
     Operands operands{};
     Reason reason = describe(i);
-    if (reason == Reason::fits) reason = compare(row, simd, &storage, &operands);
+    if (reason == Reason::fits) reason = compare(row, devices, &storage, &operands);
     if (reason != Reason::fits) {
       reading.rejections.push_back({i, reason, in_words(reason, simd)});
     } else if (operands.numel > 0) {

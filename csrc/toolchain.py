@@ -17,7 +17,7 @@ from pathlib import Path
 
 from setuptools.errors import CompileError
 
-ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0")
 OLDEST_ARCHITECTURE = 70  # __grid_constant__ needs it
 CUDA_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-lineinfo"]
 # One release of all: nvcc's packages do not pin each other, and ptxas refuses the PTX of a newer

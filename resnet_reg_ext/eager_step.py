@@ -46,8 +46,7 @@ def step(optimizer: Optimizer, grad_coefficient: float | Tensor | None) -> list[
         )
         if not isinstance(run, Skip):
             prepared.append((bucket, run))
-    for _, run in prepared:
-        run()
+    dispatch.run_all([run for _, run in prepared])
     for bucket, _ in prepared:
         state.commit(bucket, optimizer.state)
     return [

@@ -1,9 +1,9 @@
 // The CUDA kernels: all parameters of a launch in one pass over memory.
 //
-// The parameters lie end to end in units of 16 bytes of their widest type (params.h), and each
-// block takes kUnitsPerBlock units of that line, whatever parameters they belong to: all blocks but
-// the last have the same work. A thread moves whole units where all addresses of a parameter are
-// aligned, and otherwise, as in a last unit that isn't full, single elements, coalesced.
+// The parameters lie in a line of units of 16 bytes of their widest type (params.h), and each block
+// takes kUnitsPerBlock units of that line, whatever parameters they belong to. A thread moves whole
+// units where the addresses are aligned, and otherwise, as in a last unit that isn't full, single
+// elements, coalesced.
 #include "../math/update.h"
 #include "../typed_arrays.h"
 #include "packs.cuh"
@@ -14,24 +14,28 @@ namespace {
 
 // Updates kCount packs of N elements, `stride` elements apart, and returns how many are zero
 // afterwards. All loads come before the first use. Offsets within a block's range fit in 32 bits;
-// addresses and sizes are 64-bit.
-template <typename T, bool kStart, int N, int kCount>
+// addresses and sizes are 64-bit. kGrad: how many elements of a gradient its alignment lets a load
+// move, N or 1.
+template <typename T, bool kStart, int N, int kGrad, int kCount>
 __device__ __forceinline__ int update_packs(const Coefficients<typename T::Compute>& c,
                                             const TypedArrays<T>& t, int at, int stride) {
   using C = typename T::Compute;
   Pack<typename T::Weight, N> p[kCount];
-  Pack<typename T::Grad, N> g[kCount];
+  Pack<typename T::Grad, kGrad> g[kCount][N / kGrad];
   Pack<typename T::MomentumBuffer, N> m[kCount] = {};
   Pack<typename T::Weight, N> start[kCount];
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    read(t.weight + at + k * stride, p[k]);
-    read(t.grad + at + k * stride, g[k]);
-    if constexpr (kStart) read(t.start + at + k * stride, start[k]);
+    read<Use::again>(t.weight + at + k * stride, p[k]);
+#pragma unroll
+    for (int i = 0; i < N; i += kGrad) {
+      read<Use::once>(t.grad + at + k * stride + i, g[k][i / kGrad]);
+    }
+    if constexpr (kStart) read<Use::once>(t.start + at + k * stride, start[k]);
   }
   if (c.mode == MomentumMode::running) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) read(t.momentum_buffer + at + k * stride, m[k]);
+    for (int k = 0; k < kCount; ++k) read<Use::once>(t.momentum_buffer + at + k * stride, m[k]);
   }
   int num_zeros = 0;
 #pragma unroll
@@ -41,7 +45,7 @@ __device__ __forceinline__ int update_packs(const Coefficients<typename T::Compu
     for (int i = 0; i < N; ++i) {
       C pi = load(p[k].values[i]);
       C mi = load(m[k].values[i]);
-      const C gi = load(g[k].values[i]);
+      const C gi = load(g[k][i / kGrad].values[i % kGrad]);
       if constexpr (kStart) {
         update_towards(load(start[k].values[i]), c, c.mode, UpdateForm::general, pi, gi, mi);
       } else {
@@ -56,9 +60,9 @@ __device__ __forceinline__ int update_packs(const Coefficients<typename T::Compu
         num_zeros += is_zero(stored.values[i]);
       }
     }
-    write(t.param + at + k * stride, stored);
-    if constexpr (T::has_master) write(t.weight + at + k * stride, p[k]);
-    if (c.mode != MomentumMode::none) write(t.momentum_buffer + at + k * stride, m[k]);
+    write<Use::again>(t.param + at + k * stride, stored);
+    if constexpr (T::has_master) write<Use::once>(t.weight + at + k * stride, p[k]);
+    if (c.mode != MomentumMode::none) write<Use::once>(t.momentum_buffer + at + k * stride, m[k]);
   }
   return num_zeros;
 }
@@ -71,41 +75,50 @@ constexpr int loads_in_flight = sizeof(typename T::Weight) == sizeof(float) ? 2 
 
 // Updates elements [begin, end) in packs of N, by all threads of the block; N divides end - begin.
 // Returns how many of this thread's elements are zero afterwards.
-template <typename T, bool kStart, int N>
+template <typename T, bool kStart, int N, int kGrad>
 __device__ __forceinline__ int update_range(const Coefficients<typename T::Compute>& c,
                                             const TypedArrays<T>& arrays, int begin, int end) {
   constexpr int kStride = kThreads * N;
   constexpr int kCount = loads_in_flight<T>;
   int num_zeros = 0;
   int at = begin + static_cast<int>(threadIdx.x) * N;
+#pragma unroll 1
   for (; at + (kCount - 1) * kStride < end; at += kCount * kStride) {
-    num_zeros += update_packs<T, kStart, N, kCount>(c, arrays, at, kStride);
+    num_zeros += update_packs<T, kStart, N, kGrad, kCount>(c, arrays, at, kStride);
   }
-  if (kCount == 2 && at < end) num_zeros += update_packs<T, kStart, N, 1>(c, arrays, at, kStride);
+  if (kCount == 2 && at < end) {
+    num_zeros += update_packs<T, kStart, N, kGrad, 1>(c, arrays, at, kStride);
+  }
   return num_zeros;
 }
 
-// Adds every thread's number to a counter, with one atomic addition per warp. All threads of the
-// block must call it.
+// Adds every thread's number to a counter, with one atomic addition. All threads of the block must
+// call it.
 __device__ __forceinline__ void add_to(int64_t* counter, int number) {
+  __shared__ int of_warps[kThreads / 32];
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
     number += __shfl_xor_sync(0xffffffffu, number, distance);
   }
-  if (threadIdx.x % 32 == 0 && number != 0) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(counter),
-              static_cast<unsigned long long>(number));
+  __syncthreads();  // the first thread has read the last call's
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = number;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  int sum = 0;
+  for (const int of_warp : of_warps) sum += of_warp;
+  if (sum != 0) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(counter), static_cast<unsigned long long>(sum));
   }
 }
 
 // The entry that a unit belongs to, by binary search: the last that starts at or before it.
-template <typename C>
-__device__ __forceinline__ int64_t entry_at(const Parameters<C>& parameters, int64_t unit) {
-  int64_t low = 0;
-  int64_t high = parameters.count - 1;
+template <typename Table>
+__device__ __forceinline__ int entry_at(const Table& table, int64_t unit) {
+  int low = 0;
+  int high = table.header.count - 1;
   while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (parameters.entries[middle].first_unit <= unit) {
+    const int middle = (low + high + 1) / 2;
+    if (table.entries[middle].first_unit <= unit) {
       low = middle;
     } else {
       high = middle - 1;
@@ -114,68 +127,95 @@ __device__ __forceinline__ int64_t entry_at(const Parameters<C>& parameters, int
   return low;
 }
 
-// The coefficients with the values that device memory holds.
-template <typename C>
-__device__ __forceinline__ Coefficients<C> coefficients_now(const Parameters<C>& parameters) {
-  Coefficients<C> c = parameters.coefficients;
-  if (parameters.reads_device) {
-    const DeviceValues& from = parameters.values;
-    ScheduledOptions scheduled = parameters.scheduled;
-    if (from.lr) scheduled.lr = *from.lr;
-    if (from.l1) scheduled.l1 = *from.l1;
-    if (from.grad_scale) scheduled.grad_scale = *from.grad_scale;
-    if (from.grad_coefficient) scheduled.grad_coefficient = *from.grad_coefficient;
-    set(c, scheduled);
+__device__ __forceinline__ double number_at(const void* address, DType dtype) {
+  switch (dtype) {
+    case DType::float64:
+      return *static_cast<const double*>(address);
+    case DType::float32:
+      return *static_cast<const float*>(address);
+    case DType::float16:
+      return load(*static_cast<const Half*>(address));
+    default:
+      return load(*static_cast<const BFloat16*>(address));
   }
-  return c;
 }
 
-template <typename T, bool kStart>
-__device__ __forceinline__ void update_block(const Parameters<typename T::Compute>& parameters) {
+// A group's coefficients with the values that device memory holds. One thread computes them, as
+// most GPUs are slow in float64. All threads of the block must call it.
+template <typename C>
+__device__ __forceinline__ Coefficients<C> coefficients_now(const Group<C>& group) {
+  if (!group.reads_device) return group.coefficients;
+  __shared__ Coefficients<C> now;
+  __syncthreads();  // nobody reads the last call's any more
+  if (threadIdx.x == 0) {
+    const DeviceValues& from = group.values;
+    ScheduledOptions scheduled = group.scheduled;
+    if (from.lr) scheduled.lr = number_at(from.lr, from.lr_dtype);
+    if (from.l1) scheduled.l1 = number_at(from.l1, from.l1_dtype);
+    if (from.grad_scale) scheduled.grad_scale = *from.grad_scale;
+    if (from.grad_coefficient) scheduled.grad_coefficient = *from.grad_coefficient;
+    now = group.coefficients;
+    set(now, scheduled);
+  }
+  __syncthreads();
+  return now;
+}
+
+template <typename T, bool kStart, typename Table>
+__device__ __forceinline__ void update_block(const Table& table) {
   constexpr int N = T::per_unit;
-  if (parameters.values.found_inf && *parameters.values.found_inf != 0.0f) return;
-  const auto c = coefficients_now(parameters);
-  int64_t unit = static_cast<int64_t>(blockIdx.x) * kUnitsPerBlock;
-  const int64_t stop = min(unit + kUnitsPerBlock, parameters.units);
-  for (int64_t index = entry_at(parameters, unit); unit < stop; ++index) {
-    const Entry& entry = parameters.entries[index];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kUnitsPerBlock;
+  const int64_t stop = first + kUnitsPerBlock;
+  for (int index = entry_at(table, first); index < table.header.count; ++index) {
+    const Entry& entry = table.entries[index];
+    if (entry.first_unit >= stop) break;
+    const auto& group = table.header.groups[entry.group];
+    if (group.values.found_inf && *group.values.found_inf != 0.0f) continue;
+    const auto c = coefficients_now(group);
     const Operands& o = entry.operands;
-    const int64_t entry_units = (o.numel + N - 1) / N;
-    const int64_t next = min(entry.first_unit + entry_units, stop);
-    const int64_t begin = (unit - entry.first_unit) * N;
-    const int64_t end = min((next - entry.first_unit) * N, o.numel);
+    const int64_t begin = max(first - entry.first_unit, int64_t{0}) * N;
+    const int64_t end = min((stop - entry.first_unit) * N, o.numel);
     const auto arrays = arrays_from<T>(o, begin);
     const int size = static_cast<int>(end - begin);
-    const bool vectors = aligned<N>(arrays.param) && aligned<N>(arrays.grad) &&
-                         aligned<N>(arrays.momentum_buffer) && aligned<N>(arrays.weight) &&
-                         (!kStart || aligned<N>(arrays.start));
+    const bool vectors = aligned<N>(arrays.param) && aligned<N>(arrays.momentum_buffer) &&
+                         aligned<N>(arrays.weight) && (!kStart || aligned<N>(arrays.start));
     const int in_vectors = vectors ? size / N * N : 0;
-    int num_zeros = update_range<T, kStart, N>(c, arrays, 0, in_vectors);
-    num_zeros += update_range<T, kStart, 1>(c, arrays, in_vectors, size);
+    int num_zeros = aligned<N>(arrays.grad)
+                        ? update_range<T, kStart, N, N>(c, arrays, 0, in_vectors)
+                        : update_range<T, kStart, N, 1>(c, arrays, 0, in_vectors);
+    num_zeros += update_range<T, kStart, 1, 1>(c, arrays, in_vectors, size);
     if (o.num_zeros) add_to(o.num_zeros, num_zeros);
-    unit = next;
   }
 }
 
 }  // namespace
 
-template <Storage kStorage, bool kStart>
+template <Storage kStorage, bool kStart, int kBytes>
 const void* address();
 
+template <Storage kStorage, int kBytes>
+using TableOf = Table<typename TypesOf<kStorage>::Compute, kBytes>;
+
 // Four blocks of 256 threads on an SM leave each thread 64 registers.
-#define PROX_SGD_KERNEL(name, storage, start)                                              \
-  extern "C" __global__ void __launch_bounds__(kThreads, 4)                                \
-      name(const __grid_constant__ Parameters<typename TypesOf<Storage::storage>::Compute> \
-               parameters) {                                                               \
-    update_block<TypesOf<Storage::storage>, start>(parameters);                            \
-  }                                                                                        \
-  template <>                                                                              \
-  const void* address<Storage::storage, start>() {                                         \
-    return reinterpret_cast<const void*>(&name);                                           \
+#define PROX_SGD_KERNEL(name, storage, start, bytes)                         \
+  extern "C" __global__ void __launch_bounds__(kThreads, 4)                  \
+      name(const __grid_constant__ TableOf<Storage::storage, bytes> table) { \
+    update_block<TypesOf<Storage::storage>, start>(table);                   \
+  }                                                                          \
+  template <>                                                                \
+  const void* address<Storage::storage, start, bytes>() {                    \
+    return reinterpret_cast<const void*>(&name);                             \
   }
-#define PROX_SGD_KERNELS(storage)                     \
-  PROX_SGD_KERNEL(prox_sgd_##storage, storage, false) \
-  PROX_SGD_KERNEL(prox_sgd_##storage##_start, storage, true)
+#if PROX_SGD_PARAMETER_BYTES > 4096
+#define PROX_SGD_KERNELS(storage)                                        \
+  PROX_SGD_KERNEL(prox_sgd_##storage##_12k, storage, false, kSmallTable) \
+  PROX_SGD_KERNEL(prox_sgd_##storage##_32k, storage, false, kLargeTable) \
+  PROX_SGD_KERNEL(prox_sgd_##storage##_start_12k, storage, true, kSmallTable)
+#else
+#define PROX_SGD_KERNELS(storage)                                       \
+  PROX_SGD_KERNEL(prox_sgd_##storage##_4k, storage, false, kSmallTable) \
+  PROX_SGD_KERNEL(prox_sgd_##storage##_start_4k, storage, true, kSmallTable)
+#endif
 PROX_SGD_KERNELS(float32)
 PROX_SGD_KERNELS(float64)
 PROX_SGD_KERNELS(float16)
@@ -187,16 +227,17 @@ PROX_SGD_KERNELS(float16_master)
 #undef PROX_SGD_KERNELS
 #undef PROX_SGD_KERNEL
 
-const void* kernel_address(Storage storage, bool towards_start) {
-  return with_storage(storage, [towards_start](auto tag) {
+const void* kernel_address(Storage storage, bool towards_start, size_t table_bytes) {
+  return with_storage(storage, [=](auto tag) -> const void* {
     constexpr Storage kStorage = decltype(tag)::storage;
-    return towards_start ? address<kStorage, true>() : address<kStorage, false>();
-  });
-}
-
-size_t parameter_bytes(Storage storage) {
-  return with_storage(storage, [](auto tag) {
-    return sizeof(Parameters<typename TypesOf<decltype(tag)::storage>::Compute>);
+    if (table_bytes == sizeof(TableOf<kStorage, kSmallTable>)) {
+      return towards_start ? address<kStorage, true, kSmallTable>()
+                           : address<kStorage, false, kSmallTable>();
+    }
+    if (!towards_start && table_bytes == sizeof(TableOf<kStorage, kLargeTable>)) {
+      return address<kStorage, false, kLargeTable>();
+    }
+    return nullptr;
   });
 }
 

@@ -1,5 +1,6 @@
 // Launches a plan: the only place that handles the CUDA runtime's device, stream and status.
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
 #include <map>
 #include <mutex>
@@ -18,25 +19,35 @@ void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string("ProxSGD: ") + what + ": " + cudaGetErrorString(status));
 }
 
-// Makes a device current for a scope.
+// A function of the driver, which the CUDA runtime has loaded.
+template <typename Function>
+Function* driver_function(const char* name) {
+  void* const library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+  return library ? reinterpret_cast<Function*>(dlsym(library, name)) : nullptr;
+}
+
+// Makes a device current for a scope, and puts the context before it back, or none.
+// cudaSetDevice(previous device) would make a context there, which takes half a gigabyte.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device) {
-      check(cudaSetDevice(device), "cudaSetDevice");
-      changed_ = true;
+    static const auto get_context = driver_function<int(void**)>("cuCtxGetCurrent");
+    if (get_context == nullptr || set_context() == nullptr || get_context(&previous_) != 0) {
+      throw std::runtime_error("ProxSGD: the NVIDIA driver does not tell its current context");
     }
+    check(cudaSetDevice(device), "cudaSetDevice");
   }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
+  ~DeviceGuard() { set_context()(previous_); }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int previous_ = 0;
-  bool changed_ = false;
+  static int (*set_context())(void*) {
+    static const auto function = driver_function<int(void*)>("cuCtxSetCurrent");
+    return function;
+  }
+
+  void* previous_ = nullptr;
 };
 
 std::string version(int number) {
@@ -64,7 +75,8 @@ Obstacle find_obstacle(int device) {
   try {
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes;
-    status = cudaFuncGetAttributes(&attributes, kernel_address(Storage::float32, false));
+    const void* kernel = kernel_address(Storage::float32, false, sizeof(Table<float, kSmallTable>));
+    status = cudaFuncGetAttributes(&attributes, kernel);
     cudaGetLastError();
   } catch (const std::exception& error) {
     return {error.what(), false};
@@ -89,11 +101,12 @@ void launch(const std::vector<Launch>& launches, Storage storage, int device, vo
   if (launches.empty()) return;
   const DeviceGuard guard(device);
   for (const Launch& launch : launches) {
-    if (launch.parameters.size() != parameter_bytes(storage)) {
+    const void* const kernel =
+        kernel_address(storage, launch.towards_start, launch.parameters.size());
+    if (kernel == nullptr) {
       throw std::logic_error("ProxSGD: plan and kernel were built for tables of different sizes");
     }
     void* arguments[] = {const_cast<unsigned char*>(launch.parameters.data())};
-    const void* const kernel = kernel_address(storage, launch.towards_start);
     check(cudaLaunchKernel(kernel, dim3(launch.grid), dim3(launch.block), arguments, 0,
                            static_cast<cudaStream_t>(stream)),
           launch.kernel.c_str());

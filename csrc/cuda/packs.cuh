@@ -2,87 +2,69 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../math/float_types.h"
 
 namespace prox_sgd::cuda {
 
-// N elements that one access moves: a whole unit, or a single element. Stores are spelled __stwb,
-// as nvcc splits the assignment of a vector into its elements.
+// N elements that one access moves: a whole unit, or a single element.
 template <typename T, int N>
 struct Pack {
   T values[N];
 };
 
-template <typename T>
+// Whether memory is read or written only once in a training step, or again soon: the forward pass
+// reads new weights. PROX_SGD_CACHE_HINTS lets what is used once leave the caches first (.cs,
+// "cache streaming"). No GPU has measured it, so the build doesn't define it.
+enum class Use { once, again };
+
+__device__ __forceinline__ uint4 load_word(const uint4* from) { return *from; }
+__device__ __forceinline__ uint2 load_word(const uint2* from) { return *from; }
+
+// Plain stores. An assignment is split by nvcc into the elements of the vector, and __stwb compiles
+// to a store of strong memory ordering.
+__device__ __forceinline__ void store_word(uint4* to, uint4 word) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_word(uint2* to, uint2 word) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x),
+               "r"(word.y)
+               : "memory");
+}
+
+template <Use kUse, typename T>
 __device__ __forceinline__ void read(const T* from, Pack<T, 1>& pack) {
   pack.values[0] = *from;
 }
 
-template <typename T>
+template <Use kUse, typename T>
 __device__ __forceinline__ void write(T* to, const Pack<T, 1>& pack) {
   *to = pack.values[0];
 }
 
-__device__ __forceinline__ void read(const float* from, Pack<float, 4>& pack) {
-  const float4 word = *reinterpret_cast<const float4*>(from);
-  pack = {word.x, word.y, word.z, word.w};
+template <typename T, int N>
+using Word = std::conditional_t<sizeof(Pack<T, N>) == sizeof(uint4), uint4, uint2>;
+
+template <Use kUse, typename T, int N>
+__device__ __forceinline__ void read(const T* from, Pack<T, N>& pack) {
+  const auto* word = reinterpret_cast<const Word<T, N>*>(from);
+#if defined(PROX_SGD_CACHE_HINTS)
+  pack = bit_cast<Pack<T, N>>(kUse == Use::once ? __ldcs(word) : load_word(word));
+#else
+  pack = bit_cast<Pack<T, N>>(load_word(word));
+#endif
 }
 
-__device__ __forceinline__ void write(float* to, const Pack<float, 4>& pack) {
-  const float* v = pack.values;
-  __stwb(reinterpret_cast<float4*>(to), make_float4(v[0], v[1], v[2], v[3]));
-}
-
-__device__ __forceinline__ void read(const double* from, Pack<double, 2>& pack) {
-  const double2 word = *reinterpret_cast<const double2*>(from);
-  pack = {word.x, word.y};
-}
-
-__device__ __forceinline__ void write(double* to, const Pack<double, 2>& pack) {
-  __stwb(reinterpret_cast<double2*>(to), make_double2(pack.values[0], pack.values[1]));
-}
-
-// Two 16-bit elements in a 32-bit word, the first in the lower half.
-template <typename T>
-__device__ __forceinline__ void split(uint32_t word, T& low, T& high) {
-  low.bits = static_cast<uint16_t>(word);
-  high.bits = static_cast<uint16_t>(word >> 16);
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t join(T low, T high) {
-  return low.bits | static_cast<uint32_t>(high.bits) << 16;
-}
-
-template <typename T>
-__device__ __forceinline__ void read(const T* from, Pack<T, 4>& pack) {
-  const uint2 word = *reinterpret_cast<const uint2*>(from);
-  split(word.x, pack.values[0], pack.values[1]);
-  split(word.y, pack.values[2], pack.values[3]);
-}
-
-template <typename T>
-__device__ __forceinline__ void write(T* to, const Pack<T, 4>& pack) {
-  const T* v = pack.values;
-  __stwb(reinterpret_cast<uint2*>(to), make_uint2(join(v[0], v[1]), join(v[2], v[3])));
-}
-
-template <typename T>
-__device__ __forceinline__ void read(const T* from, Pack<T, 8>& pack) {
-  const uint4 word = *reinterpret_cast<const uint4*>(from);
-  T* v = pack.values;
-  split(word.x, v[0], v[1]);
-  split(word.y, v[2], v[3]);
-  split(word.z, v[4], v[5]);
-  split(word.w, v[6], v[7]);
-}
-
-template <typename T>
-__device__ __forceinline__ void write(T* to, const Pack<T, 8>& pack) {
-  const T* v = pack.values;
-  __stwb(reinterpret_cast<uint4*>(to),
-         make_uint4(join(v[0], v[1]), join(v[2], v[3]), join(v[4], v[5]), join(v[6], v[7])));
+template <Use kUse, typename T, int N>
+__device__ __forceinline__ void write(T* to, const Pack<T, N>& pack) {
+  auto* word = reinterpret_cast<Word<T, N>*>(to);
+#if defined(PROX_SGD_CACHE_HINTS)
+  if (kUse == Use::once) return __stcs(word, bit_cast<Word<T, N>>(pack));
+#endif
+  store_word(word, bit_cast<Word<T, N>>(pack));
 }
 
 // Whether a vector access of N elements may start there.

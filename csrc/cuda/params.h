@@ -15,40 +15,61 @@ namespace prox_sgd::cuda {
 #define PROX_SGD_PARAMETER_BYTES 32764
 #endif
 
+// A launch copies the whole table, so the kernels towards zero are compiled for two sizes of it
+// where there is room: ResNet-50's 161 parameters fit in the smaller. In the kernels' names they
+// are 12k and 32k. The kernels towards a start have the smaller only.
+constexpr int kSmallTable = PROX_SGD_PARAMETER_BYTES < 12288 ? PROX_SGD_PARAMETER_BYTES : 12288;
+constexpr int kLargeTable = PROX_SGD_PARAMETER_BYTES;
+
 constexpr int kThreads = 256;
 constexpr int kUnitsPerBlock = 4 * kThreads;
 
-// A parameter in the table. Parameters lie end to end in units: as many elements as 16 bytes of
-// their widest type hold. A parameter's last unit may be partly filled; empty parameters are left
-// out.
-struct Entry {
-  Operands operands;
-  int64_t first_unit;
-};
+// A block walks the parameters in its range one after the other, and waits for memory in each.
+constexpr int kMostPieces = 4;
 
+// A bucket's options as a kernel takes them. A launch has room for kMostGroups.
 template <typename C>
-struct Parameters {
-  static constexpr int kCapacity =
-      static_cast<int>((PROX_SGD_PARAMETER_BYTES - sizeof(Coefficients<C>) -
-                        sizeof(ScheduledOptions) - sizeof(DeviceValues) - 3 * sizeof(int64_t)) /
-                       sizeof(Entry));
-
+struct Group {
   Coefficients<C> coefficients;
   ScheduledOptions scheduled;
   DeviceValues values;
   int64_t reads_device;  // whether device memory holds a value that coefficients depend on
-  int64_t units;         // of all entries together
-  int64_t count;         // entries in use
-  Entry entries[kCapacity];
 };
 
-static_assert(sizeof(Parameters<float>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
-static_assert(sizeof(Parameters<double>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
+constexpr int kMostGroups = 8;
 
-// The address by which the CUDA runtime knows a storage's kernel, towards zero or the start.
-const void* kernel_address(Storage storage, bool towards_start);
+// A parameter in the table. Parameters lie one behind the other in units: as many elements as 16
+// bytes of their widest type hold. A parameter's last unit may be partly filled; empty parameters
+// are left out. A gap ends where a block's range does.
+struct Entry {
+  Operands operands;
+  int64_t first_unit : 48;
+  int64_t group : 16;
+};
 
-// The size of the parameter that a storage's kernel was compiled with.
-size_t parameter_bytes(Storage storage);
+template <typename C>
+struct Header {
+  int32_t count;  // entries in use
+  Group<C> groups[kMostGroups];
+};
+
+template <typename C>
+constexpr int capacity(int bytes) {
+  return static_cast<int>((bytes - sizeof(Header<C>)) / sizeof(Entry));
+}
+
+template <typename C, int kBytes>
+struct Table {
+  Header<C> header;
+  Entry entries[capacity<C>(kBytes)];
+};
+
+static_assert(sizeof(Table<float, kLargeTable>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
+static_assert(sizeof(Table<double, kLargeTable>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
+static_assert(kSmallTable < 12288 || capacity<double>(kSmallTable) >= 161, "table too small");
+
+// The address by which the CUDA runtime knows a storage's kernel, towards zero or the start, for
+// tables of so many bytes; null where there is none.
+const void* kernel_address(Storage storage, bool towards_start, size_t table_bytes);
 
 }  // namespace prox_sgd::cuda

@@ -13,6 +13,9 @@ from torch import Tensor
 from ..options import Options, finite_and_not_negative
 from .bucket import Skip
 
+NUMBER_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""The types in which the kernel reads lr and l1."""
+
 
 class DeviceValues(NamedTuple):
     """One-element tensors; None for what isn't one."""
@@ -28,13 +31,27 @@ class DeviceValues(NamedTuple):
 
     def on(self, device: torch.device) -> DeviceValues:
         """The values on a device, in the types that the kernel reads."""
-        dtypes = (torch.float64, torch.float64, torch.float32, torch.float32, torch.float32)
+
+        def moved(value: Tensor | None, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
+            if value is None:
+                return None
+            dtype = value.dtype if value.dtype in dtypes else dtypes[0]
+            return value.detach().to(device, dtype, non_blocking=True)
+
+        numbers = (torch.float64, *NUMBER_DTYPES)
         return DeviceValues(
-            *(
-                None if value is None else value.detach().to(device, dtype, non_blocking=True)
-                for value, dtype in zip(self, dtypes, strict=True)
-            )
+            lr=moved(self.lr, numbers),
+            l1=moved(self.l1, numbers),
+            grad_scale=moved(self.grad_scale, (torch.float32,)),
+            grad_coefficient=moved(self.grad_coefficient, (torch.float32,)),
+            found_inf=moved(self.found_inf, (torch.float32,)),
         )
+
+    def split(self) -> tuple[DeviceValues, DeviceValues]:
+        """Those that the host knows, for which nothing waits, and the others."""
+        known = DeviceValues(*(v if v is not None and v.is_cpu else None for v in self))
+        others = DeviceValues(*(None if v is None or v.is_cpu else v for v in self))
+        return known, others
 
     def read_into(self, options: Options, name: Callable[[], str], why: str) -> Options | Skip:
         """The options with the values in, for which the host waits.

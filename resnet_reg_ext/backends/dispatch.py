@@ -56,6 +56,14 @@ def prepare(
     if dtensor.has_dtensors(bucket.params):
         shards = dtensor.local_bucket(bucket)
     ready = _resolve_negation(shards)
+    if values:
+        # A number from the host may not travel through device memory: a captured graph would read
+        # the freed memory of the copy.
+        on_host, values = values.split()
+        known = on_host.read_into(options, partial(bucket.name, 0), "")
+        if isinstance(known, Skip):
+            return known
+        options = known
     if may_be_native(fused):
         run = _prepare_native(ready, options, fused, values)
     else:
@@ -65,7 +73,16 @@ def prepare(
         run = known if isinstance(known, Skip) else pure.prepare(ready, known)
     if isinstance(run, Skip) or shards is bucket:
         return run
+    if isinstance(run, native.NativeRun):
+        run.written += bucket.written()
+        return run
     return partial(_run_on_shards, run, bucket)
+
+
+def run_all(runs: Sequence[Run]) -> None:
+    """Takes steps that were prepared, those on CUDA devices in as few launches as can be."""
+    for run in native.joined(runs):
+        run()
 
 
 def may_be_native(fused: bool | None) -> bool:

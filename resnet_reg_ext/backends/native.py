@@ -10,6 +10,9 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from ..options import Options
 from . import openmp
 from .bucket import Bucket, Run
-from .device_values import DeviceValues
+from .device_values import NUMBER_DTYPES, DeviceValues
 
 _C: Any = None
 missing = ""
@@ -42,6 +45,8 @@ _DLPACK_DTYPE = {
     torch.bfloat16: (4, 16),
 }
 _DLPACK_OTHER_DTYPE = (0, 8)
+# The core's own numbers (csrc/storage.h).
+_DTYPE = {dtype: number for number, dtype in enumerate(NUMBER_DTYPES)}
 
 
 def _describe(tensor: Tensor) -> tuple[Any, ...]:
@@ -115,9 +120,24 @@ def read(bucket: Bucket) -> Any:
     )
 
 
+@dataclass
+class NativeRun:
+    """The step of a bucket that was read without misfits; see :func:`joined`."""
+
+    reading: Any
+    options: Any
+    on_devices: dict[int, DeviceValues]
+    """Values that the kernel reads when it runs, by the index of their CUDA device."""
+    written: tuple[list[Tensor], ...]
+
+    def __call__(self) -> None:
+        """Takes the step."""
+        _run([self])
+
+
 def prepare(
     reading: Any, bucket: Bucket, options: Options, values: DeviceValues | None = None
-) -> Run:
+) -> NativeRun:
     """The step of a bucket that was read without misfits.
 
     ``values`` are read on the parameters' CUDA devices when the kernel runs.
@@ -127,25 +147,32 @@ def prepare(
     if values:
         for device in {param.device for param in bucket.params}:
             on_devices[device.index] = values.on(device)
+    return NativeRun(reading, native_options, on_devices, bucket.written())
 
-    def run() -> None:
-        addresses = {
-            index: _C.DeviceValues(
-                **{
-                    key: value.data_ptr()
-                    for key, value in on_device._asdict().items()
-                    if value is not None
-                }
-            )
-            for index, on_device in on_devices.items()
-        }
+
+def joined(runs: Sequence[Run]) -> list[Run]:
+    """The same steps, the core's as one: a CUDA launch takes buckets of all groups."""
+    ours = [run for run in runs if isinstance(run, NativeRun)]
+    others = [run for run in runs if not isinstance(run, NativeRun)]
+    return [partial(_run, ours), *others] if ours else others
+
+
+def _run(runs: Sequence[NativeRun]) -> None:
+    steps = []
+    for run in runs:
+        addresses = {index: _addresses(values) for index, values in run.on_devices.items()}
+        steps.append((run.reading, run.options, addresses))
         # Autograd must notice that the tensors change.
-        for tensors in bucket.written():
+        for tensors in run.written:
             if tensors:
                 torch.autograd.graph.increment_version(tensors)
-        _C.prox_sgd_(_reader, reading, native_options, torch.get_num_threads(), addresses)
+    _C.prox_sgd_(_reader, steps, torch.get_num_threads())
 
-    return run
+
+def _addresses(values: DeviceValues) -> Any:
+    given = {key: value for key, value in values._asdict().items() if value is not None}
+    dtypes = {f"{key}_dtype": _DTYPE[given[key].dtype] for key in ("lr", "l1") if key in given}
+    return _C.DeviceValues(**{key: value.data_ptr() for key, value in given.items()}, **dtypes)
 
 
 _warned: set[str] = set()

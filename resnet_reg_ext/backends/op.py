@@ -67,8 +67,7 @@ def prox_sgd_step(
             )
             if not isinstance(run, Skip):
                 runs.append(run)
-    for run in runs:
-        run()
+    dispatch.run_all(runs)
 
 
 @prox_sgd_step.register_fake

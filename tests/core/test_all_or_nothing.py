@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from reference import assert_same
 from torch import nn
 
-from resnet_reg_ext import ProxSGD
+from resnet_reg_ext import ProxSGD, param_groups
+from resnet_reg_ext.backends import native
+from resnet_reg_ext.backends.device_values import DeviceValues
 from resnet_reg_ext.functional import prox_sgd_
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.02, "l1": 0.01}
@@ -327,3 +329,39 @@ def test_memory_that_came_to_be_shared_after_construction(share, momentum):
     b.data = share(a).clone()
     optimizer.step()
     assert not torch.equal(alone, torch.linspace(-1, 1, 9))
+
+
+def test_all_groups_are_one_call_of_the_core(monkeypatch):
+    """So that a CUDA launch can take all of them; first steps and running ones too."""
+    steps = []
+    core = native._C.prox_sgd_
+
+    def counted(reader, of_call, threads):
+        steps.append(len(of_call))
+        core(reader, of_call, threads)
+
+    monkeypatch.setattr(native._C, "prox_sgd_", counted)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    optimizer = ProxSGD(param_groups(model), lr=0.1, momentum=0.9, l1=0.01, fused=True)
+    versions = [p._version for p in model.parameters()]
+    for late in (True, False):
+        model(torch.ones(2, 3, 8, 8)).sum().backward()
+        if late:
+            model[0].weight.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+    assert steps == [2, 3]
+    assert all(p._version > v for p, v in zip(model.parameters(), versions, strict=True))
+
+
+def test_values_that_the_host_knows_stay_there():
+    """Only those in a device's memory are left for the kernel to read."""
+    values = DeviceValues(
+        lr=torch.tensor(0.5, device="meta"), l1=torch.tensor(0.25), grad_coefficient=torch.ones(1)
+    )
+    known, others = values.split()
+    assert known.lr is None
+    assert known.l1 is values.l1
+    assert known.grad_coefficient is values.grad_coefficient
+    assert others.lr is values.lr
+    assert others[1:] == (None,) * 4

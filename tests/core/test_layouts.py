@@ -557,7 +557,7 @@ def test_an_empty_tensor_takes_no_place_wherever_it_is():
     options = native._C.Options(
         **numbers, **dict.fromkeys(switches, False), grad_scale=1.0, grad_coefficient=1.0
     )
-    native._C.prox_sgd_(reader, reading, options, 1, {})
+    native._C.prox_sgd_(reader, [(reading, options, {})], 1)
 
 
 def test_ctrl_c_while_tensors_are_read_is_not_lost():

@@ -52,7 +52,7 @@ def read(params, grads, momentum_buffers=None, master_params=None, num_zeros=0, 
 
 
 def step(reading, threads=1, **chosen):
-    _C.prox_sgd_(reader(), reading, options(**chosen), threads, {})
+    _C.prox_sgd_(reader(), [(reading, options(**chosen), {})], threads)
 
 
 @pytest.mark.parametrize("odd", [0, 1, 127, 128, 140, 160])
@@ -157,7 +157,7 @@ def test_float16_is_rounded_to_nearest_whatever_the_current_rounding_mode_is():
     upward = 0x800 if sys.platform == "linux" and _C.simd_level() == "avx2" else 0x400000
     assert libm.fesetround(upward) == 0
     try:
-        _C.prox_sgd_(reader(), reading, chosen, 1, {})
+        _C.prox_sgd_(reader(), [(reading, chosen, {})], 1)
     finally:
         libm.fesetround(before)
     assert np.array_equal(params, wanted)
@@ -223,7 +223,7 @@ def test_threads_flush_subnormals_as_their_caller_and_then_in_their_own_mode(tmp
     reading = read([p], [g])
     pool.flush(True)
     try:
-        _C.prox_sgd_(reader(), reading, chosen, 4, {})
+        _C.prox_sgd_(reader(), [(reading, chosen, {})], 4)
     finally:
         pool.flush(False)
     assert (p.view(np.uint32) << 1 == 0).all()
@@ -262,9 +262,9 @@ def test_no_python_runs_between_reading_and_stepping(devices):
     p = array([1.0])
     reading = read([p], [array([1.0])])
     with pytest.raises(TypeError):
-        _C.prox_sgd_(reader(), reading, options(), Meddling(), devices)
+        _C.prox_sgd_(reader(), [(reading, options(), devices)], Meddling())
     with pytest.raises(TypeError):
-        _C.prox_sgd_(reader(), reading, Meddling(), 1, devices)
+        _C.prox_sgd_(reader(), [(reading, Meddling(), devices)], 1)
     assert p.tolist() == [1.0]
 
 

@@ -177,9 +177,11 @@ def signed_zeros(dtype: str) -> Tensor:
 
 # ---- plans and programs ------------------------------------------------------------------------
 
-# plan(storage, rows, options, device_values, capacity): the launches of Options and DeviceValues
-# that are given by name, missing ones being the defaults.
+# A bucket: rows, Options and DeviceValues by name, missing values being the defaults.
+Bucket = tuple[Sequence[Sequence[int]], dict[str, Any], dict[str, int]]
+# plan(storage, buckets, capacity): the launches.
 Plan = Callable[..., list[dict[str, Any]]]
+NUMBER_DTYPES = ("float32", "float64", "float16", "bfloat16")  # as DType numbers them
 
 
 def named_options(options: dict[str, Any], first: bool) -> dict[str, Any]:
@@ -188,20 +190,13 @@ def named_options(options: dict[str, Any], first: bool) -> dict[str, Any]:
 
 
 def installed_plan(
-    storage: str,
-    rows: Sequence[Sequence[int]],
-    options: dict[str, Any],
-    device_values: dict[str, int] | None = None,
-    capacity: int = 0,
-    starts: Sequence[int] = (),
+    storage: str, buckets: Sequence[Bucket], capacity: int = 0
 ) -> list[dict[str, Any]]:
     """The plan of the installed module."""
     from resnet_reg_ext import _C
 
-    values = _C.DeviceValues(**(device_values or {}))
-    launches: list[dict[str, Any]] = _C.plan_prox_sgd_cuda(
-        storage, rows, _C.Options(**options), values, capacity, list(starts)
-    )
+    given = [(rows, _C.Options(**o), _C.DeviceValues(**values)) for rows, o, values in buckets]
+    launches: list[dict[str, Any]] = _C.plan_prox_sgd_cuda(storage, given, capacity)
     return launches
 
 
@@ -209,9 +204,16 @@ SHIM = r"""
 #include "prox_sgd.h"
 #include <cstring>
 #include <exception>
+#include <list>
 using namespace prox_sgd;
 static Options options;
 static cuda::DeviceValues device_values;
+struct Given {
+  std::vector<Operands> operands;
+  Options options;
+  cuda::DeviceValues values;
+};
+static std::list<Given> given;
 static std::vector<cuda::Launch> launches;
 template <typename Struct, typename Value>
 static bool set(Struct& to, const char* name, Value value) {
@@ -227,19 +229,24 @@ extern "C" bool set_option(const char* name, double value) { return set(options,
 extern "C" bool set_device_value(const char* name, uint64_t address) {
   return set(device_values, name, address);
 }
-extern "C" long plan(int storage, long count, uint64_t* rows, long capacity, uint64_t* starts) {
-  std::vector<Operands> operands;
-  for (long i = 0; i < count; ++i, rows += 6) {
-    operands.push_back({(void*)rows[0], (const void*)rows[1], (void*)rows[2], (void*)rows[3],
-                        starts ? (const void*)starts[i] : nullptr, (int64_t)rows[5],
-                        (int64_t*)rows[4]});
+extern "C" void add_bucket(long count, uint64_t* rows) {
+  given.push_back({{}, options, device_values});
+  for (long i = 0; i < count; ++i, rows += 7) {
+    given.back().operands.push_back({(void*)rows[0], (const void*)rows[1], (void*)rows[2],
+                                     (void*)rows[3], (const void*)rows[4], (int64_t)rows[6],
+                                     (int64_t*)rows[5]});
   }
+  device_values = {};
+}
+extern "C" long plan(int storage, long capacity) {
+  std::vector<cuda::Bucket> buckets;
+  for (const Given& g : given) buckets.push_back({g.operands, g.options, g.values});
   try {
-    launches = cuda::plan(operands, static_cast<Storage>(storage), options, device_values,
-                          capacity);
+    launches = cuda::plan(buckets, static_cast<Storage>(storage), capacity);
   } catch (const std::exception&) {
-    return -1;
+    launches.clear();
   }
+  given.clear();
   return static_cast<long>(launches.size());
 }
 extern "C" const char* kernel(long i) { return launches[i].kernel.c_str(); }
@@ -265,28 +272,19 @@ def compile_plan(csrc: Path, out: Path, defines: Sequence[str] = ()) -> Plan:
     code.set_option.restype = ctypes.c_bool
     code.set_device_value.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
     code.set_device_value.restype = ctypes.c_bool
-    code.plan.argtypes = [
-        *(ctypes.c_int, ctypes.c_long, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p)
-    ]
+    code.add_bucket.argtypes = [ctypes.c_long, ctypes.c_void_p]
+    code.plan.argtypes = [ctypes.c_int, ctypes.c_long]
 
-    def plan(
-        storage: str,
-        rows: Sequence[Sequence[int]],
-        options: dict[str, Any],
-        device_values: dict[str, int] | None = None,
-        capacity: int = 0,
-        starts: Sequence[int] = (),
-    ) -> list[dict[str, Any]]:
-        for name, value in options.items():
-            assert code.set_option(name.encode(), value), name
-        for name in ON_DEVICE:
-            assert code.set_device_value(name.encode(), (device_values or {}).get(name, 0)), name
-        table = np.array(rows, np.uint64).reshape(-1, 6)
-        number = list(STORAGES).index(storage)
-        column = np.array(starts, np.uint64)
-        at = column.ctypes.data if len(column) else None
+    def plan(storage: str, buckets: Sequence[Bucket], capacity: int = 0) -> list[dict[str, Any]]:
+        for rows, options, values in buckets:
+            for name, value in options.items():
+                assert code.set_option(name.encode(), value), name
+            for name, address in values.items():
+                assert code.set_device_value(name.encode(), address), name
+            table = np.array(rows, np.uint64).reshape(-1, 7)
+            code.add_bucket(len(table), table.ctypes.data)
         launches = []
-        for i in range(code.plan(number, len(table), table.ctypes.data, capacity, at)):
+        for i in range(code.plan(list(STORAGES).index(storage), capacity)):
             parameters = ctypes.create_string_buffer(code.bytes(i))
             code.copy(i, parameters)
             launches.append(
@@ -331,6 +329,18 @@ class Outcome:
         return [finding for result in self.results for finding in result.findings]
 
 
+class Group(NamedTuple):
+    """Tensors with one set of options."""
+
+    tensors: Sequence[Tensor]
+    options: dict[str, Any]
+    first: bool = False
+    on_device: dict[str, float] | None = None
+    """Values of ON_DEVICE that the kernel is to find in device memory; the plan is given others."""
+    number_dtype: str = "float64"
+    """In which lr and l1 are there."""
+
+
 def execute(
     module: ptx.Module,
     plan: Plan,
@@ -339,67 +349,31 @@ def execute(
     options: dict[str, Any],
     *,
     first: bool = False,
+    on_device: dict[str, float] | None = None,
+    number_dtype: str = "float64",
+    **more: Any,
+) -> Outcome:
+    """Runs the plan of one group; ``more``: as for :func:`execute_groups`."""
+    group = Group(tensors, options, first, on_device, number_dtype)
+    return execute_groups(module, plan, dtype, [group], **more)
+
+
+def execute_groups(
+    module: ptx.Module,
+    plan: Plan,
+    dtype: str,
+    groups: Sequence[Group],
+    *,
     capacity: int = 0,
     races: bool = True,
     budget: int = 200_000,
     count_zeros: bool = False,
-    on_device: dict[str, float] | None = None,
 ) -> Outcome:
-    """Lays the tensors out in an arena and runs every launch of their plan.
-
-    ``on_device``: values of ON_DEVICE that the kernel is to find in device memory; the plan is then
-    given others.
-    """
+    """Lays the groups' tensors out in an arena and runs every launch of their plan."""
     arena = ptx.Arena()
-    storage = STORAGES[dtype]
-    types = [BITS[d] for d in (storage.param, storage.param, storage.momentum)]
-    with_momentum = options.get("momentum", 0.0) != 0
-    places = []
-    starts: list[int] = []
-    for i, t in enumerate(tensors):
-        sp, sg, sm = (s * d().itemsize for s, d in zip(t.skews[:3], types, strict=True))
-        # A parameter with a master is only written.
-        data = None if storage.master else t.p.view(np.uint8)
-        p = arena.allocate(t.p.nbytes, skew=sp, name=f"param {i}", data=data)
-        g = arena.allocate(
-            t.g.nbytes, skew=sg, name=f"grad {i}", data=t.g.view(np.uint8), writable=False
-        )
-        m = None
-        if with_momentum:
-            data = None if first else t.m.view(np.uint8)
-            m = arena.allocate(t.m.nbytes, skew=sm, name=f"momentum {i}", data=data)
-        w = z = None
-        if storage.master:
-            data = t.w.view(np.uint8)
-            w = arena.allocate(
-                t.w.nbytes, skew=(*t.skews, t.skews[0])[3] * 4, name=f"master {i}", data=data
-            )
-        if count_zeros:
-            z = arena.allocate(8, name=f"zeros {i}", data=np.zeros(8, np.uint8))
-        places.append((p, g, m, w, z))
-        if t.start is not None:
-            skew = (*t.skews, 0, 0)[4] * t.start.itemsize
-            data = t.start.view(np.uint8)
-            place = arena.allocate(
-                t.start.nbytes, skew=skew, name=f"start {i}", data=data, writable=False
-            )
-            starts.append(place.address)
-    rows = [
-        (*(place.address if place else 0 for place in row), len(t.p))
-        for row, t in zip(places, tensors, strict=True)
-    ]
-    given = dict(options)
-    device_values = {}
-    for name, value in (on_device or {}).items():
-        data = np.array([value], np.float64 if name in ("lr", "l1") else np.float32)
-        device_values[name] = arena.allocate(
-            data.nbytes, name=name, data=data.view(np.uint8), writable=False
-        ).address
-        given[name] = 123.0
-    given.pop("found_inf", None)
-    launches = plan(dtype, rows, named_options(given, first), device_values, capacity, starts)
+    placed = [_place(arena, dtype, group, count_zeros) for group in groups]
     outcome = Outcome([], [])
-    for launch in launches:
+    for launch in plan(dtype, [bucket for bucket, _ in placed], capacity):
         outcome.results.append(
             ptx.launch(
                 module,
@@ -413,15 +387,72 @@ def execute(
             )
         )
     outcome.guards = arena.check_guards()
-    for (p, _, m, w, z), t in zip(places, tensors, strict=True):
-        outcome.params.append(arena.read(p.address, t.p.nbytes).view(types[0]))
-        if m is not None:
-            outcome.momenta.append(arena.read(m.address, t.m.nbytes).view(types[2]))
-        if w is not None:
-            outcome.masters.append(arena.read(w.address, t.w.nbytes).view(np.uint32))
-        if z is not None:
-            outcome.zeros.append(int(arena.read(z.address, 8).view(np.int64)[0]))
+    storage = STORAGES[dtype]
+    for group, (_, places) in zip(groups, placed, strict=True):
+        for (p, _, m, w, _, z), t in zip(places, group.tensors, strict=True):
+            param = arena.read(p.address, t.p.nbytes).view(BITS[storage.param])
+            outcome.params.append(param)
+            if m is not None:
+                momentum = arena.read(m.address, t.m.nbytes).view(BITS[storage.momentum])
+                outcome.momenta.append(momentum)
+            if w is not None:
+                outcome.masters.append(arena.read(w.address, t.w.nbytes).view(np.uint32))
+            if z is not None:
+                outcome.zeros.append(int(arena.read(z.address, 8).view(np.int64)[0]))
     return outcome
+
+
+def _place(
+    arena: ptx.Arena, dtype: str, group: Group, count_zeros: bool
+) -> tuple[Bucket, list[tuple[Any, ...]]]:
+    """Puts a group's tensors and device values into the arena."""
+    storage = STORAGES[dtype]
+    types = [BITS[d] for d in (storage.param, storage.param, storage.momentum)]
+    with_momentum = group.options.get("momentum", 0.0) != 0
+    places: list[tuple[Any, ...]] = []
+    for i, t in enumerate(group.tensors):
+        sp, sg, sm = (s * d().itemsize for s, d in zip(t.skews[:3], types, strict=True))
+        # A parameter with a master is only written.
+        data = None if storage.master else t.p.view(np.uint8)
+        p = arena.allocate(t.p.nbytes, skew=sp, name=f"param {i}", data=data)
+        g = arena.allocate(
+            t.g.nbytes, skew=sg, name=f"grad {i}", data=t.g.view(np.uint8), writable=False
+        )
+        m = w = start = z = None
+        if with_momentum:
+            data = None if group.first else t.m.view(np.uint8)
+            m = arena.allocate(t.m.nbytes, skew=sm, name=f"momentum {i}", data=data)
+        if storage.master:
+            data = t.w.view(np.uint8)
+            w = arena.allocate(
+                t.w.nbytes, skew=(*t.skews, t.skews[0])[3] * 4, name=f"master {i}", data=data
+            )
+        if t.start is not None:
+            skew = (*t.skews, 0, 0)[4] * t.start.itemsize
+            data = t.start.view(np.uint8)
+            start = arena.allocate(
+                t.start.nbytes, skew=skew, name=f"start {i}", data=data, writable=False
+            )
+        if count_zeros:
+            z = arena.allocate(8, name=f"zeros {i}", data=np.zeros(8, np.uint8))
+        places.append((p, g, m, w, start, z))
+    rows = [
+        (*(place.address if place else 0 for place in row), len(t.p))
+        for row, t in zip(places, group.tensors, strict=True)
+    ]
+    given = dict(group.options)
+    values = {}
+    for name, value in (group.on_device or {}).items():
+        is_number = name in ("lr", "l1")
+        data = to_bits(np.array([value]), group.number_dtype if is_number else "float32")
+        values[name] = arena.allocate(
+            data.nbytes, name=name, data=data.view(np.uint8), writable=False
+        ).address
+        if is_number:
+            values[f"{name}_dtype"] = NUMBER_DTYPES.index(group.number_dtype)
+        given[name] = 123.0
+    given.pop("found_inf", None)
+    return (rows, named_options(given, group.first), values), places
 
 
 def expected(

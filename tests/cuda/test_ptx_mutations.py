@@ -16,10 +16,13 @@ from typing import NamedTuple
 import cuda_harness as harness
 import ptx
 import pytest
-from kernel_figures import resources
+from kernel_figures import MODELS, busiest_block, resources
 from test_ptx_compiled import LOADS, MOST_REGISTERS, disassemble, loads_before_first_use
 
 ARCH = "compute_90"
+# One kernel for each storage, which halves the time to compile.
+SMALL_TABLE = "-DPROX_SGD_PARAMETER_BYTES=4096"
+FLAGS = (*harness.FLAGS, SMALL_TABLE)
 
 
 class Mutant(NamedTuple):
@@ -28,7 +31,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     caught_by: str
-    flags: tuple[str, ...] = harness.FLAGS
+    flags: tuple[str, ...] = FLAGS
 
 
 UPDATE, PROX, ROUNDING = "math/update.h", "math/prox.h", "math/rounding.h"
@@ -71,7 +74,7 @@ MUTANTS = [
         "return __fadd_rn(a, -b); }",
         "return a - b; }",
         "contractable",
-        tuple(flag for flag in harness.FLAGS if flag != "--fmad=false"),
+        tuple(flag for flag in FLAGS if flag != "--fmad=false"),
     ),
     Mutant(
         "first step taken for a running one",
@@ -133,8 +136,8 @@ MUTANTS = [
     Mutant(
         "starts are taken from the weights",
         KERNEL,
-        "read(t.start + at + k * stride, start[k])",
-        "read(t.weight + at + k * stride, start[k])",
+        "read<Use::once>(t.start + at + k * stride, start[k])",
+        "read<Use::once>(t.weight + at + k * stride, start[k])",
         "bytes",
     ),
     Mutant(
@@ -154,16 +157,16 @@ MUTANTS = [
     Mutant(
         "kernel towards zero launched for starts",
         PLAN,
-        '(towards_start ? "_start" : "")',
-        '""',
+        '(towards_start_ ? "_start_" : "_")',
+        '"_"',
         "bytes",
     ),
     # the kernel
     Mutant(
         "tail runs to the end of the unit",
         KERNEL,
-        "min((next - entry.first_unit) * N, o.numel)",
-        "(next - entry.first_unit) * N",
+        "min((stop - entry.first_unit) * N, o.numel)",
+        "(stop - entry.first_unit) * N",
         "out-of-bounds",
     ),
     Mutant(
@@ -183,15 +186,15 @@ MUTANTS = [
     Mutant(
         "alignment of the momentum forgotten",
         KERNEL,
-        "aligned<N>(arrays.momentum_buffer) && ",
+        " && aligned<N>(arrays.momentum_buffer)",
         "",
         "misaligned",
     ),
     Mutant(
         "chunks overlap by one unit",
         KERNEL,
-        "min(unit + kUnitsPerBlock, parameters.units)",
-        "min(unit + kUnitsPerBlock + 1, parameters.units)",
+        "stop = start + kUnitsPerBlock;",
+        "stop = start + kUnitsPerBlock + 1;",
         "race",
     ),
     Mutant("binary search never ends", KERNEL, "high = middle - 1;", "high = middle;", "budget"),
@@ -212,7 +215,67 @@ MUTANTS = [
         "race",
     ),
     Mutant(
-        "halves joined in the wrong order", PACKS, "join(v[0], v[1])", "join(v[1], v[0])", "bytes"
+        "words stored in the wrong order",
+        PACKS,
+        '"r"(word.x), "r"(word.y), "r"(word.z)',
+        '"r"(word.y), "r"(word.x), "r"(word.z)',
+        "bytes",
+    ),
+    Mutant(
+        "alignment of the gradient forgotten",
+        KERNEL,
+        "aligned<N>(arrays.grad) ?",
+        "true ?",
+        "misaligned",
+    ),
+    Mutant(
+        "misaligned gradient loads its first element only",
+        KERNEL,
+        "t.grad + at + k * stride + i, g",
+        "t.grad + at + k * stride, g",
+        "bytes",
+    ),
+    Mutant(
+        "a group's infinity stops the others",
+        KERNEL,
+        "*group.values.found_inf != 0.0f) continue;",
+        "*group.values.found_inf != 0.0f) return;",
+        "bytes",
+    ),
+    Mutant(
+        "first group's options for all",
+        KERNEL,
+        "table.header.groups[entry.group]",
+        "table.header.groups[0]",
+        "bytes",
+    ),
+    Mutant(
+        "coefficients read before they are computed",
+        KERNEL,
+        "  __syncthreads();\n  return now;",
+        "  return now;",
+        "race",
+    ),
+    Mutant(
+        "warps' zeros added before they are known",
+        KERNEL,
+        "= number;\n  __syncthreads();",
+        "= number;",
+        "race",
+    ),
+    Mutant(
+        "float32 learning rate read as float64",
+        KERNEL,
+        "case DType::float64:",
+        "default: return *static_cast<const double*>(address); case DType(9):",
+        "bytes",
+    ),
+    Mutant(
+        "linear search for the entry",
+        KERNEL,
+        "const int middle = (low + high + 1) / 2;",
+        "const int middle = low + 1;",
+        "search",
     ),
     Mutant(
         "momentum read on the first step",
@@ -267,9 +330,9 @@ MUTANTS = [
     Mutant(
         "zeros added without an atomic",
         KERNEL,
-        "atomicAdd(reinterpret_cast<unsigned long long*>(counter),\n"
-        "              static_cast<unsigned long long>(number));",
-        "*counter += number;",
+        "atomicAdd(reinterpret_cast<unsigned long long*>(counter), "
+        "static_cast<unsigned long long>(sum));",
+        "*counter += sum;",
         "race",
     ),
     Mutant(
@@ -289,14 +352,14 @@ MUTANTS = [
     Mutant(
         "device's learning rate ignored",
         KERNEL,
-        "if (from.lr) scheduled.lr = *from.lr;",
+        "if (from.lr) scheduled.lr = number_at(from.lr, from.lr_dtype);",
         "",
         "bytes",
     ),
     Mutant(
         "found_inf ignored",
         KERNEL,
-        "*parameters.values.found_inf != 0.0f",
+        "*group.values.found_inf != 0.0f",
         "false",
         "bytes",
     ),
@@ -310,8 +373,8 @@ MUTANTS = [
     Mutant(
         "found_inf acts on exactly 1",
         KERNEL,
-        "*parameters.values.found_inf != 0.0f",
-        "*parameters.values.found_inf == 1.0f",
+        "*group.values.found_inf != 0.0f",
+        "*group.values.found_inf == 1.0f",
         "bytes",
     ),
     Mutant(
@@ -345,8 +408,8 @@ MUTANTS = [
     Mutant(
         "zeros of a tensor that is wholly zero not counted",
         KERNEL,
-        "&& number != 0)",
-        "&& number % 32 != 0)",
+        "if (sum != 0) {",
+        "if (sum % 256 != 0) {",
         "zeros",
     ),
     Mutant(
@@ -359,34 +422,44 @@ MUTANTS = [
     Mutant(
         "first unit compared in 32 bits",
         KERNEL,
-        "parameters.entries[middle].first_unit <= unit",
-        "static_cast<int>(parameters.entries[middle].first_unit) <= unit",
+        "table.entries[middle].first_unit <= unit",
+        "static_cast<int>(table.entries[middle].first_unit) <= unit",
         "bytes past 32 bits",
     ),
     # the plan
     Mutant(
-        "last flush missing", PLAN, "  flush();\n  return launches;", "  return launches;", "bytes"
-    ),
-    Mutant(
-        "full table dropped",
+        "last flush missing",
         PLAN,
-        "if (table->count == capacity) flush();",
-        "if (table->count == capacity) table->count = table->units = 0;",
+        "    flush();\n    return std::move(launches_);",
+        "    return std::move(launches_);",
+        "bytes",
+    ),
+    Mutant("full table dropped", PLAN, "        flush();\n", "        reset();\n", "bytes"),
+    Mutant("group not listed in the next table", PLAN, "        listed = false;\n", "", "bytes"),
+    Mutant(
+        "a bucket takes the group of the last",
+        PLAN,
+        "bool listed = false;",
+        "bool listed = groups_ > 0;",
         "bytes",
     ),
     Mutant(
         "prefix sum rounds down",
         PLAN,
-        "table->units += (o.numel + T::per_unit - 1) / T::per_unit;",
-        "table->units += o.numel / T::per_unit;",
+        "units_ += (o.numel + T::per_unit - 1) / T::per_unit;",
+        "units_ += o.numel / T::per_unit;",
         "bytes",
     ),
-    Mutant("prefix sum not reset", PLAN, "    table->units = 0;\n", "", "out-of-bounds"),
+    Mutant("prefix sum not reset", PLAN, "    units_ = 0;\n", "", "launches"),
+    Mutant(
+        "gap shorter than a block", PLAN, "units_ = round_up(units_);", "units_ += 1;", "pieces"
+    ),
+    Mutant("no limit to the pieces of a block", PLAN, "kMostPieces", "1000", "pieces"),
     Mutant(
         "grid rounds down",
         PLAN,
-        "(table->units + kUnitsPerBlock - 1) / kUnitsPerBlock",
-        "table->units / kUnitsPerBlock + (table->units < kUnitsPerBlock)",
+        "blocks = round_up(units_) / kUnitsPerBlock",
+        "blocks = units_ / kUnitsPerBlock + (units_ < kUnitsPerBlock)",
         "bytes",
     ),
     Mutant(
@@ -402,6 +475,7 @@ PLAIN, MOMENTUM, NESTEROV, DAMPENED, FROZEN, SCALED = (
     harness.OPTIONS[i] for i in (1, 3, 5, 6, 9, 10)
 )
 PROXIMAL = {"lr": 0.2, "momentum": 0.95, "weight_decay": 0.7, "proximal": True}
+SKEWS = [(0, 0, 0), (0, 0, 1), (1, 0, 0)]
 SIZES = [5, 0, 300, 2051, 4096 * 3 + 3, 1, 1024]
 
 
@@ -414,6 +488,18 @@ class Build(NamedTuple):
     flags: tuple[str, ...]
 
 
+def compared(outcome: harness.Outcome, wanted, zeros, dtype: str) -> set[str]:
+    """Names of the checks that fail."""
+    failed = {finding.kind for finding in outcome.findings}
+    if outcome.guards:
+        failed.add("guards")
+    if any(harness.differing(outcome, wanted, dtype).values()):
+        failed.add("bytes")
+    if outcome.zeros != zeros:
+        failed.add("zeros")
+    return failed
+
+
 def run(build: Build, dtype, tensors, options, **more) -> set[str]:
     """Names of the checks that fail on one bucket."""
     if not isinstance(tensors[0], harness.Tensor):
@@ -422,30 +508,48 @@ def run(build: Build, dtype, tensors, options, **more) -> set[str]:
     outcome = harness.execute(
         build.module, build.plan, dtype, tensors, options, budget=20_000, count_zeros=True, **more
     )
-    failed = {finding.kind for finding in outcome.findings}
-    if outcome.guards:
-        failed.add("guards")
     if more.get("on_device", {}).get("found_inf"):
         wanted = [t.p for t in tensors], [t.m for t in tensors], []
         zeros = [0] * len(tensors)
     else:
         wanted = harness.expected(dtype, tensors, options, first)
         zeros = harness.zeros_in(wanted[0], dtype, tensors)
-    if any(harness.differing(outcome, wanted, dtype).values()):
-        failed.add("bytes")
-    if outcome.zeros != zeros:
-        failed.add("zeros")
+    return compared(outcome, wanted, zeros, dtype)
+
+
+def run_groups(build: Build) -> set[str]:
+    """Two groups on both sides of a table's end, and one whose gradients hold an infinity."""
+    made = [harness.make_tensors([300, 9, 2], "float32", seed=i) for i in range(4)]
+    groups = [
+        harness.Group(made[0], MOMENTUM),
+        harness.Group(made[1], NESTEROV, on_device={"found_inf": 2.0}),
+        harness.Group(made[2], {**SCALED, "lr": 0.125}, False, {"lr": 0.125}, "float32"),
+        harness.Group(made[3], FROZEN, False, {"l1": 0.03}),
+    ]
+    failed = set()
+    for capacity in (0, 4):
+        outcome = harness.execute_groups(
+            build.module, build.plan, "float32", groups, capacity=capacity, count_zeros=True
+        )
+        each = [harness.expected("float32", g.tensors, g.options, g.first) for g in groups]
+        each[1] = ([t.p for t in made[1]], [t.m for t in made[1]], [])
+        wanted = tuple([a for of_group in each for a in of_group[i]] for i in range(3))
+        zeros = harness.zeros_in(wanted[0], "float32")
+        zeros[3:6] = [0, 0, 0]
+        failed |= compared(outcome, wanted, zeros, "float32")
     return failed
 
 
 def check_memory(build: Build) -> set[str]:
-    failed = run(build, "float32", SIZES, NESTEROV, skews=[(0, 0, 0), (0, 0, 1), (1, 0, 0)])
+    failed = run(build, "float32", SIZES, NESTEROV, skews=SKEWS)
     failed |= run(build, "float32", [7, 4096 * 2 + 4], PLAIN)
+    failed |= run(build, "float32", [300], PLAIN, skews=[(0, 1, 0)])
     failed |= run(build, "float32", SIZES, DAMPENED, first=True)
     failed |= run(build, "float32", [6, 9, 0, 4100, 3], DAMPENED, capacity=2)
     failed |= run(build, "float32", [harness.signed_zeros("float32")], MOMENTUM)
     failed |= run(build, "float32", [700], FROZEN)
     failed |= run(build, "float32", [700], SCALED, on_device={"lr": 0.1, "grad_scale": 48.0})
+    failed |= run_groups(build)
     for found_inf in (1.0, 0.5, 2.0, float("nan")):
         failed |= run(build, "float32", [9], MOMENTUM, on_device={"found_inf": found_inf})
     for name in ("lr", "l1"):
@@ -487,10 +591,44 @@ def check_rounding(build: Build) -> set[str]:
 
 def check_launches(build: Build) -> set[str]:
     options = harness.named_options(PLAIN, False)
-    empty = [(4096, 8192, 0, 0, 0, 0)]
-    full = [(4096, 8192, 0, 0, 0, 5)]
-    counts = [len(build.plan("float32", t, options, capacity=1)) for t in (empty, empty + full)]
-    return set() if counts == [0, 1] else {"launches"}
+    empty = [(4096, 8192, 0, 0, 0, 0, 0)]
+    full = [(4096, 8192, 0, 0, 0, 0, 5)]
+    plans = [
+        build.plan("float32", [(rows, options, {})], 1) for rows in (empty, empty + full, 2 * full)
+    ]
+    grids = [[launch["grid"] for launch in launches] for launches in plans]
+    return set() if grids == [[], [1], [1, 1]] else {"launches"}
+
+
+def check_pieces(build: Build) -> set[str]:
+    most = max(
+        busiest_block(build.plan, "float32", MODELS[name])
+        for name in ("ResNet-50's vectors", "581 scalars")
+    )
+    return {"pieces"} if most > 4 else set()
+
+
+def check_search(build: Build) -> set[str]:
+    """The last block of a full table finds its entry in some log2(48) steps."""
+    rows = [(2**40, 2**41, 0, 0, 0, 0, 4096)] * 48
+    bucket = (rows, harness.named_options({"lr": 0.5}, False), {})
+    (launch,) = build.plan("float32", [bucket])
+    arena = ptx.Arena()
+    for address in (2**40, 2**41):
+        arena.place_lazy(address, 4096 * 4, fill=lambda start, count: bytes(count))
+    counts = []
+    for block in (0, 47):
+        result = ptx.launch(
+            build.module,
+            launch["kernel"],
+            grid=launch["grid"],
+            block=launch["block"],
+            params=launch["parameters"],
+            memory=arena,
+            blocks=[block],
+        )
+        counts.append(sum(result.counts.instructions.values()))
+    return {"search"} if counts[1] > 1.2 * counts[0] else set()
 
 
 def check_work(build: Build) -> set[str]:
@@ -532,11 +670,9 @@ def check_past_32_bits(build: Build) -> set[str]:
     for end in ends:
         arena.write(g.address + end, one)
         arena.write(p.address + end, bytes(16))
-    (launch,) = build.plan(
-        "float32",
-        [(p.address, g.address, 0, 0, 0, numel), (2**45, 2**46, 0, 0, 0, 4)],
-        harness.named_options({"lr": 0.5}, False),
-    )
+    rows = [(p.address, g.address, 0, 0, 0, 0, numel), (2**45, 2**46, 0, 0, 0, 0, 4)]
+    bucket = (rows, harness.named_options({"lr": 0.5}, False), {})
+    (launch,) = build.plan("float32", [bucket])
     result = ptx.launch(
         build.module,
         launch["kernel"],
@@ -558,13 +694,15 @@ def check_registers(build: Build) -> set[str]:
 
 
 def check_loads(build: Build) -> set[str]:
-    code = disassemble("sm_90", "prox_sgd_float32", build.csrc)
-    return set() if loads_before_first_use(code) >= LOADS["prox_sgd_float32"] else {"loads"}
+    code = disassemble("sm_90", "prox_sgd_float32_12k", build.csrc)
+    return set() if loads_before_first_use(code) >= LOADS["float32"] else {"loads"}
 
 
 CHECKS: list[Callable[[Build], set[str]]] = [
     check_rounding,
     check_launches,
+    check_pieces,
+    check_search,
     check_memory,
     check_work,
     check_past_32_bits,
@@ -574,6 +712,8 @@ CHECKS: list[Callable[[Build], set[str]]] = [
 MEANT_FOR = {
     "contractable": check_rounding,
     "launches": check_launches,
+    "pieces": check_pieces,
+    "search": check_search,
     "vectors": check_work,
     "balance": check_work,
     "bytes past 32 bits": check_past_32_bits,
@@ -584,13 +724,12 @@ MEANT_FOR = {
 
 
 def build_of(csrc: Path, out: Path, flags: tuple[str, ...]) -> Build:
-    return Build(
-        csrc, harness.module_for(ARCH, csrc, flags), harness.compile_plan(csrc, out), flags
-    )
+    plan = harness.compile_plan(csrc, out, [SMALL_TABLE])
+    return Build(csrc, harness.module_for(ARCH, csrc, flags), plan, flags)
 
 
 def test_the_shipped_sources_pass_every_check(tmp_path: Path) -> None:
-    build = build_of(harness.CSRC, tmp_path, harness.FLAGS)
+    build = build_of(harness.CSRC, tmp_path, FLAGS)
     assert [check(build) for check in CHECKS] == [set()] * len(CHECKS)
 
 

@@ -100,10 +100,10 @@ for weight, buffer, master, momentum, l1, count_zeros, nesterov, maximize, start
         maximize=maximize, proximal=False, frozen_zeros=False, grad_scale=1.0,
         grad_coefficient=1.0, first_step=False,
     )
-    core.prox_sgd_(reader, reading, options, 1, {})
+    core.prox_sgd_(reader, [(reading, options, {})], 1)
     os.getppid()
     for _ in range(steps):
-        core.prox_sgd_(reader, reading, options, 1, {})
+        core.prox_sgd_(reader, [(reading, options, {})], 1)
     os.getppid()
 """
 

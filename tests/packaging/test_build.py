@@ -38,7 +38,9 @@ def options(**chosen):
                 frozen_zeros=False, grad_scale=1.0, grad_coefficient=1.0, first_step=False)
     return module.Options(**chosen, **rest)
 (launch,) = module.plan_prox_sgd_cuda(
-    "float32", [(4096, 8192, 12288, 0, 0, 5000)], options(lr=0.1, momentum=0.9, l1=1e-3)
+    "float32",
+    [([(4096, 8192, 12288, 0, 0, 0, 5000)], options(lr=0.1, momentum=0.9, l1=1e-3),
+      module.DeviceValues())],
 )
 assert launch["grid"] == 2 and launch["block"] == 256, launch
 class Reads:  # what the reader needs of a tensor, without torch
@@ -52,7 +54,7 @@ def describe(t):
 reader = module.TensorReader(None, describe, lambda device: 0, Reads, Reads)
 reading = reader.read([tensors["p"]], [tensors["g"]], None, None, 0)
 assert reading.misfits == [], reading.misfits
-module.prox_sgd_(reader, reading, options(lr=0.25, momentum=0.0, l1=1.0), 2, {})
+module.prox_sgd_(reader, [(reading, options(lr=0.25, momentum=0.0, l1=1.0), {})], 2)
 assert list(store["p"]) == [0.5, -1.0, 0.0], list(store["p"])
 print("smoke test passed")
 """
@@ -322,8 +324,9 @@ def test_chosen_architectures_are_built(
         "print(m.build_info()['cuda_architectures'])\n"
         "names = [name for name in dir(m.Options) if not name.startswith('_')]\n"
         "options = m.Options(**{name: 0 for name in names})\n"
-        "plan = m.plan_prox_sgd_cuda('float32', [(16, 32, 48, 0, 0, 1)] * 700, options)\n"
-        "print(*{len(launch['parameters']) for launch in plan})\n"
+        "bucket = [(16, 32, 48, 0, 0, 0, 1)] * 700, options, m.DeviceValues()\n"
+        "plan = m.plan_prox_sgd_cuda('float32', [bucket])\n"
+        "print(max(len(launch['parameters']) for launch in plan))\n"
     )
     architectures, table = run([sys.executable, "-c", script, str(module)]).stdout.splitlines()
     assert architectures == "8.0 9.0+PTX"

@@ -25,14 +25,15 @@ class Spaces:
     def __init__(self, arena: Arena, parameters: bytes, shared: int, local: int):
         self.arena = arena
         self.sizes = {"shared": shared, "local": local, "param": len(parameters)}
-        self.windows = Arena()
-        if parameters:
-            self.windows.place(
-                WINDOWS["param"], len(parameters), "parameters", parameters, writable=False
-            )
+        self.parameters = parameters
 
     def populate(self, block: Array, blocks: int) -> None:
-        """Gives every block its shared memory and every thread its local memory."""
+        """Gives every block of a batch its shared memory and every thread its local memory."""
+        self.windows = Arena()
+        if self.parameters:
+            self.windows.place(
+                WINDOWS["param"], len(self.parameters), "parameters", self.parameters, False
+            )
         self.owners = {"shared": block, "local": np.arange(len(block))}
         for name, copies in (("shared", blocks), ("local", len(block))):
             if self.sizes[name]:

@@ -128,6 +128,14 @@ def test_a_barrier_orders_a_block(barrier):
     assert (values == 99 - np.arange(100)).all()
 
 
+def test_batches_have_shared_memory_of_their_own():
+    values, result = each_thread(
+        REVERSE.format(barrier="bar.sync 0;"), threads=100, grid=3, races=False, batch_threads=100
+    )
+    result.raise_if_findings()
+    assert (values.reshape(-1, 100)[-1] == 99 - np.arange(100)).all()
+
+
 def test_a_barrier_may_stand_in_both_branches():
     barrier = """setp.lt.u32 %p1, %r0, 50; @%p1 bra low;
       bar.sync 0; bra.uni on;
