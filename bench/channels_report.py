@@ -86,7 +86,12 @@ def block(results: dict[str, dict[str, Any]]) -> str:
         parts.append(f"![Accuracy against latency](results/channels/{PLOT})")
     for name, of_experiment in results.items():
         parts += [f"### {TITLES[name]}", *_section(name, of_experiment)]
-    return "\n\n".join(parts) if parts else "No figures yet."
+    parts += [
+        f"{title}: no figures are committed yet; made by `{COMMANDS[name]}`."
+        for name, title in TITLES.items()
+        if name not in results
+    ]
+    return "\n\n".join(parts)
 
 
 def _section(name: str, results: dict[str, Any]) -> list[str]:
@@ -151,7 +156,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def _took(row: dict[str, Any], key: str) -> str:
-    text = f"{row[key]:.3g}"
+    text = f"{row[key]:.0f}" if row[key] >= 100 else f"{row[key]:.3g}"
     return f"{text} ({row[f'{key} ratio']:.1f} x)" if f"{key} ratio" in row else text
 
 

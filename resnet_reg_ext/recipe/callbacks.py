@@ -136,8 +136,8 @@ class Checkpoints(Callback):
         if not evaluated(trainer):
             return
         loss = float(trainer.callback_metrics["test_loss"])
-        assert isinstance(pl_module, Classifier)
-        if self.best and not pl_module.is_shrinking and (self.lowest is None or loss < self.lowest):
+        is_asked_for = not getattr(pl_module, "is_shrinking", False)
+        if self.best and is_asked_for and (self.lowest is None or loss < self.lowest):
             self.lowest = loss
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
         trainer.save_checkpoint(self.folder / "last.ckpt")

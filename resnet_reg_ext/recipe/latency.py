@@ -166,7 +166,8 @@ def table(measured: Sequence[Latency], batches: Sequence[int] = BATCHES) -> str:
             for batch in batches:
                 took = one.milliseconds[way][batch]
                 ratio = first.milliseconds[way][batch] / took
-                row.append(f"{took:.3g} ms" + (f" ({ratio:.1f} x)" if one is not first else ""))
+                shown = f"{took:.0f}" if took >= 100 else f"{took:.3g}"
+                row.append(f"{shown} ms" + (f" ({ratio:.1f} x)" if one is not first else ""))
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
