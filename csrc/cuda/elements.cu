@@ -68,10 +68,10 @@ __device__ __forceinline__ int update_packs(const Coefficients<typename T::Compu
 }
 
 // How many packs of each tensor a thread loads before it computes. One where the elements of a pack
-// need more registers in the compute type; parameter, gradient and momentum buffer are then still
-// three loads in flight.
-template <typename T>
-constexpr int loads_in_flight = sizeof(typename T::Weight) == sizeof(float) ? 2 : 1;
+// need more registers in the compute type, and towards a start; three or four loads are then still
+// in flight.
+template <typename T, bool kStart>
+constexpr int loads_in_flight = sizeof(typename T::Weight) == sizeof(float) && !kStart ? 2 : 1;
 
 // Updates elements [begin, end) in packs of N, by all threads of the block; N divides end - begin.
 // Returns how many of this thread's elements are zero afterwards.
@@ -79,7 +79,7 @@ template <typename T, bool kStart, int N, int kGrad>
 __device__ __forceinline__ int update_range(const Coefficients<typename T::Compute>& c,
                                             const TypedArrays<T>& arrays, int begin, int end) {
   constexpr int kStride = kThreads * N;
-  constexpr int kCount = loads_in_flight<T>;
+  constexpr int kCount = loads_in_flight<T, kStart>;
   int num_zeros = 0;
   int at = begin + static_cast<int>(threadIdx.x) * N;
 #pragma unroll 1
@@ -177,12 +177,17 @@ __device__ __forceinline__ void update_block(const Table& table) {
     const int64_t end = min((stop - entry.first_unit) * N, o.numel);
     const auto arrays = arrays_from<T>(o, begin);
     const int size = static_cast<int>(end - begin);
+    // Towards a start no registers are left for loads of single gradients beside vectors.
     const bool vectors = aligned<N>(arrays.param) && aligned<N>(arrays.momentum_buffer) &&
-                         aligned<N>(arrays.weight) && (!kStart || aligned<N>(arrays.start));
+                         aligned<N>(arrays.weight) &&
+                         (!kStart || (aligned<N>(arrays.start) && aligned<N>(arrays.grad)));
     const int in_vectors = vectors ? size / N * N : 0;
-    int num_zeros = aligned<N>(arrays.grad)
-                        ? update_range<T, kStart, N, N>(c, arrays, 0, in_vectors)
-                        : update_range<T, kStart, N, 1>(c, arrays, 0, in_vectors);
+    int num_zeros;
+    if (kStart || aligned<N>(arrays.grad)) {
+      num_zeros = update_range<T, kStart, N, N>(c, arrays, 0, in_vectors);
+    } else {
+      num_zeros = update_range<T, kStart, N, 1>(c, arrays, 0, in_vectors);
+    }
     num_zeros += update_range<T, kStart, 1, 1>(c, arrays, in_vectors, size);
     if (o.num_zeros) add_to(o.num_zeros, num_zeros);
   }
@@ -196,9 +201,10 @@ const void* address();
 template <Storage kStorage, int kBytes>
 using TableOf = Table<typename TypesOf<kStorage>::Compute, kBytes>;
 
-// Four blocks of 256 threads on an SM leave each thread 64 registers.
+// Four blocks of 256 threads on an SM leave each thread 64 registers, and three, towards a
+// start, 80.
 #define PROX_SGD_KERNEL(name, storage, start, bytes)                         \
-  extern "C" __global__ void __launch_bounds__(kThreads, 4)                  \
+  extern "C" __global__ void __launch_bounds__(kThreads, start ? 3 : 4)      \
       name(const __grid_constant__ TableOf<Storage::storage, bytes> table) { \
     update_block<TypesOf<Storage::storage>, start>(table);                   \
   }                                                                          \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -303,10 +304,24 @@ def compile_plan(csrc: Path, out: Path, defines: Sequence[str] = ()) -> Plan:
 _modules: dict[tuple[Any, ...], ptx.Module] = {}
 
 
-def module_for(arch: str, csrc: Path = CSRC, flags: Sequence[str] = FLAGS) -> ptx.Module:
-    key = (arch, csrc, tuple(flags))
+def module_for(
+    arch: str,
+    csrc: Path = CSRC,
+    flags: Sequence[str] = FLAGS,
+    kernels: re.Pattern[str] | None = None,
+) -> ptx.Module:
+    """The kernels compiled from a source tree; ``kernels``: the names of those that are wanted."""
+    key = (arch, csrc, tuple(flags), kernels)
     if key not in _modules:
-        _modules[key] = ptx.parse(ptx.compile_ptx(csrc / "cuda" / "elements.cu", arch, flags))
+        text = ptx.compile_ptx(csrc / "cuda" / "elements.cu", arch, flags)
+        if kernels is not None:
+            text = re.sub(
+                r"^\.visible \.entry (\w+)\(.*?^}\n",
+                lambda entry: entry[0] if kernels.fullmatch(entry[1]) else "",
+                text,
+                flags=re.MULTILINE | re.DOTALL,
+            )
+        _modules[key] = ptx.parse(text)
     return _modules[key]
 
 

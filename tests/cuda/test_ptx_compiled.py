@@ -16,6 +16,7 @@ from kernel_figures import SHIPPED, resources
 # 65,536 registers of an SM are 64 for each thread of 32 warps. That many warps have
 # 1,024 * 5 * 16 bytes in flight, several times the bandwidth times the latency of memory.
 MOST_REGISTERS = 64
+MOST_TOWARDS_A_START = 80  # 24 warps
 SIZES = ("12k", "32k", "start_12k")  # of the table; towards a start there is the smaller only
 KERNELS = {f"prox_sgd_{storage}_{size}" for storage in harness.STORAGES for size in SIZES}
 
@@ -30,14 +31,14 @@ LOADS = {
     "bfloat16_master": 4,
     "bfloat16_master_momentum_bfloat16": 2,
     "float16_master": 4,
-    "float32_start": 8,
+    "float32_start": 4,
     "float64_start": 4,
     "float16_start": 4,
     "bfloat16_start": 4,
-    "float32_momentum_bfloat16_start": 6,
-    "bfloat16_master_start": 6,
-    "bfloat16_master_momentum_bfloat16_start": 4,
-    "float16_master_start": 6,
+    "float32_momentum_bfloat16_start": 3,
+    "bfloat16_master_start": 3,
+    "bfloat16_master_momentum_bfloat16_start": 2,
+    "float16_master_start": 3,
 }
 
 
@@ -59,6 +60,11 @@ def disassemble(arch: str, kernel: str, csrc: Path = harness.CSRC) -> list[str]:
     return machine_code(arch, csrc)[kernel]
 
 
+def most_registers(kernel: str) -> int:
+    """The most registers that a kernel may take."""
+    return MOST_TOWARDS_A_START if "_start_" in kernel else MOST_REGISTERS
+
+
 @pytest.mark.parametrize("arch", SHIPPED)
 def test_no_spills_no_stack_and_few_registers(arch):
     found = resources(harness.CSRC, arch, harness.FLAGS)
@@ -69,7 +75,7 @@ def test_no_spills_no_stack_and_few_registers(arch):
     for kernel, used in found.items():
         assert used.stack == 0, kernel
         assert used.spills == 0, kernel
-        most = committed["registers"][arch][kernel] if comparable else MOST_REGISTERS
+        most = committed["registers"][arch][kernel] if comparable else most_registers(kernel)
         assert used.registers <= most, kernel
 
 
@@ -81,12 +87,12 @@ def test_launches_of_a_step_on_resnet50_are_those_committed(storage):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_32_warps_are_resident(arch):
+def test_32_warps_are_resident_and_24_towards_a_start(arch):
     """Registers are the only limit: there is no shared memory. They are given out 8 a thread."""
     for kernel, used in resources(harness.CSRC, arch, harness.FLAGS).items():
         granted = -(-used.registers // 8) * 8
         warps = 65536 // (granted * 32)
-        assert warps // 8 * 8 >= 32, kernel  # blocks of 8 warps
+        assert warps // 8 * 8 >= (24 if "_start_" in kernel else 32), kernel  # blocks of 8 warps
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])

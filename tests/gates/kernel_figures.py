@@ -78,7 +78,7 @@ def launches_of(plan: harness.Plan, storage: str, groups: list[list[int]]) -> li
     options = harness.named_options({"lr": 0.1, "momentum": 0.9, "l1": 1e-5}, False)
     address = itertools.count(2**34, 2**34)
     buckets = [
-        ([(next(address), 2**60, 2**61, 2**62 * kind.master, 0, n) for n in sizes], options, {})
+        ([(next(address), 2**60, 2**61, 2**62 * kind.master, 0, 0, n) for n in sizes], options, {})
         for sizes in groups
     ]
     return plan(storage, buckets)

@@ -57,7 +57,7 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
 }
 
 namespace prox_sgd::cuda {
-const void* kernel_address(Storage, size_t table_bytes) {
+const void* kernel_address(Storage, bool, size_t table_bytes) {
   return table_bytes < 3 ? nullptr : reinterpret_cast<const void*>(table_bytes);
 }
 }  // namespace prox_sgd::cuda
@@ -69,7 +69,7 @@ extern "C" const char* launch_two(int device, void* stream, int bytes) {
   thrown.clear();
   const std::vector<unsigned char> table(static_cast<size_t>(bytes), 42);
   try {
-    prox_sgd::cuda::launch({{"first", 5, 256, table}, {"second", 7, 256, table}},
+    prox_sgd::cuda::launch({{"first", false, 5, 256, table}, {"second", false, 7, 256, table}},
                            prox_sgd::Storage::float32, device, stream);
   } catch (const std::exception& error) {
     thrown = error.what();
