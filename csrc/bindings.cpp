@@ -14,6 +14,7 @@
 
 #include "build_info.h"
 #include "prox_sgd.h"
+#include "row_bindings.h"
 #include "tensor_lists.h"
 
 namespace py = pybind11;
@@ -247,6 +248,7 @@ PYBIND11_MODULE(_C, m) {
       "grad_coefficient and found_inf (float32).",
       false);
   bind_reader(m);
+  bind_rows(m);
 
   m.def("prox_sgd_", &run, py::arg("reader"), py::arg("reading"), py::arg("options"),
         py::arg("threads"), py::arg("device_values"),

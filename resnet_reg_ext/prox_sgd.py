@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checkpoints, eager_step, group_checks
+from . import checkpoints, eager_step, group_checks, row_groups
 from .backends import native
 from .options import Options
 from .sparsity import Sparsity, count, has_l1
@@ -120,6 +120,7 @@ class ProxSGD(Optimizer):
         *,
         l1: float | Tensor = 1e-5,
         l2_mode: str = "coupled",
+        group_lasso: float | Tensor = 0.0,
         maximize: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
@@ -137,6 +138,9 @@ class ProxSGD(Optimizer):
             "nesterov": nesterov,
             "l1": l1,
             "l2_mode": l2_mode,
+            "group_lasso": group_lasso,
+            "rows": None,
+            "row_weights": None,
             "maximize": maximize,
             "fused": fused,
             "frozen_zeros": False,
@@ -146,10 +150,12 @@ class ProxSGD(Optimizer):
             "track_sparsity": track_sparsity,
         }
         Options.from_group(defaults, "ProxSGD: ")
+        row_groups.check_group(defaults, "ProxSGD: ")
         self._constructing = True
         super().__init__(params, defaults)
         del self._constructing
         group_checks.check_memory(self.param_groups)
+        row_groups.check_used(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, checked first.
@@ -166,11 +172,14 @@ class ProxSGD(Optimizer):
         group = {**self.defaults, **param_group}
         where = f"ProxSGD: param_groups[{index}]: "
         Options.from_group(group, where)
+        row_groups.check_group(group, where)
         if group["fused"] and not native.available():
             raise RuntimeError(f"{where}fused=True, but {native.missing}")
         super().add_param_group(group_checks.with_names_apart(param_group))
         try:
-            group_checks.check_params(self.param_groups[-1], index)
+            group = self.param_groups[-1]
+            group_checks.check_params(group, index)
+            row_groups.check_group(group, where, len(group["params"]))
             if "_constructing" not in self.__dict__:  # else once, of all groups together
                 group_checks.check_memory(self.param_groups)
         except ValueError:
@@ -190,7 +199,9 @@ class ProxSGD(Optimizer):
             checkpoints.complete_options(
                 group, defaults, live[index] if index < len(live) else None
             )
-            Options.from_group(group, f"ProxSGD: param_groups[{index}]: ")
+            where = f"ProxSGD: param_groups[{index}]: "
+            Options.from_group(group, where)
+            row_groups.check_group(group, where, len(group["params"]))
             checkpoints.check_state_of(group, index, new["state"])
             if checkpoint is not None:
                 saved_ids = checkpoint["param_groups"][index]["params"]

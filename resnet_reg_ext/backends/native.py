@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..options import Options
 from .bucket import Bucket, Run
 from .device_values import DeviceValues
+from .row_sets import Part, RowSet
 
 _C: Any = None
 missing = ""
@@ -135,6 +137,29 @@ def prepare(
             if tensors:
                 torch.autograd.graph.increment_version(tensors)
         _C.prox_sgd_(_reader, reading, native_options, torch.get_num_threads(), addresses)
+
+    return run
+
+
+def prepare_rows(readings: Sequence[Any], parts: Sequence[Part], sets: Sequence[RowSet]) -> Run:
+    """The step of sets of coupled rows, on a CPU, whose parts were read without misfits."""
+    options = [
+        _C.Options(**vars(part.options), first_step=part.bucket.first_step) for part in parts
+    ]
+    thresholds = [one.thresholds(parts[one.members[0][0]].options) for one in sets]
+    described = [
+        (list(one.members), one.rows, of_set.data_ptr())
+        for one, of_set in zip(sets, thresholds, strict=True)
+    ]
+    plan = _C.RowPlan(list(readings), options, described)
+
+    def run() -> None:
+        assert len(thresholds) == len(sets)  # keeps them alive
+        for part in parts:
+            for tensors in part.bucket.written():
+                if tensors:
+                    torch.autograd.graph.increment_version(tensors)
+        _C.prox_sgd_rows_(plan, torch.get_num_threads())
 
     return run
 

@@ -17,7 +17,7 @@ from .checks import COMPUTE_DTYPE, check_operands, overlaps_itself
 from .device_values import to_float32
 
 
-class _Coefficients(NamedTuple):
+class Coefficients(NamedTuple):
     """The numbers that the update multiplies and compares with, for one compute dtype."""
 
     grad_factor: float
@@ -32,7 +32,9 @@ class _Coefficients(NamedTuple):
     frozen_zeros: bool
 
     @classmethod
-    def of(cls, options: Options, dtype: torch.dtype) -> _Coefficients:
+    def of(cls, options: Options, dtype: torch.dtype) -> Coefficients:
+        """The coefficients of checked options."""
+
         def rounded(value: float) -> float:
             return value if dtype is torch.float64 else to_float32(value)
 
@@ -50,18 +52,18 @@ class _Coefficients(NamedTuple):
         )
 
 
-def _update_values(
+def update_values(
     ops: SimpleNamespace,
     p: Any,
     g: Any,
     m: Any,
-    c: _Coefficients,
+    c: Coefficients,
     first_step: bool,
     scratch: Tensor | None,
 ) -> None:
     """The update in the compute dtype, in place. ``add(alpha=)`` rounds once: it is an fma.
 
-    With ``_SINGLE``, p, g and m are tensors, and ``scratch`` takes intermediate values; with
+    With ``SINGLE``, p, g and m are tensors, and ``scratch`` takes intermediate values; with
     ``_FOREACH`` they are lists of tensors, and memory is allocated for those.
     """
     frozen = ops.equal(p, 0) if c.frozen_zeros else None
@@ -98,7 +100,7 @@ def _masked_fill_lists_(tensors: list[Tensor], masks: list[Tensor], value: float
         tensor.masked_fill_(mask, value)
 
 
-_SINGLE = SimpleNamespace(
+SINGLE = SimpleNamespace(
     neg=torch.neg,
     mul=torch.mul,
     add=torch.add,
@@ -125,7 +127,7 @@ _FOREACH = SimpleNamespace(
 
 # Elements of a chunk: what one operation leaves is still in the CPU's cache when the next reads it
 # (bench/NOTES.md).
-_CHUNK = 1 << 18
+CHUNK = 1 << 18
 # Below this many elements calling an operation takes longer than the operation: such tensors are
 # updated by operations on lists.
 _SMALL = 1 << 12
@@ -139,20 +141,27 @@ def prepare(bucket: Bucket, options: Options) -> Run:
     """
     for i in range(len(bucket.params)):
         check_operands(*bucket.operands(i), partial(bucket.name, i))
-    plain = bucket.map(lambda tensors: [_without_subclass(t) for t in tensors])
-    # With an operand whose strides are 0, torch rounds twice in add(alpha=).
-    plain.grads = [
-        g.clone(memory_format=torch.contiguous_format) if overlaps_itself(g) else g
-        for g in plain.grads
-    ]
-    odd = [
-        i
-        for i in range(len(plain.params))
-        if not all(t is None or _is_plain(t) for t in plain.operands(i))
-    ]
+    bucket = plain(bucket)
+    odd = [i for i in range(len(bucket.params)) if is_odd(bucket, i)]
     if not odd:
-        return partial(_update_, plain, options)
-    return _prepare_with_odd(plain, options, odd)
+        return partial(_update_, bucket, options)
+    return _prepare_with_odd(bucket, options, odd)
+
+
+def plain(bucket: Bucket) -> Bucket:
+    """The bucket without subclasses that only rename, and without gradients of stride 0."""
+    result = bucket.map(lambda tensors: [_without_subclass(t) for t in tensors])
+    # With an operand whose strides are 0, torch rounds twice in add(alpha=).
+    result.grads = [
+        g.clone(memory_format=torch.contiguous_format) if overlaps_itself(g) else g
+        for g in result.grads
+    ]
+    return result
+
+
+def is_odd(bucket: Bucket, i: int) -> bool:
+    """Whether an operation on one of a parameter's tensors may raise, or run anyone's code."""
+    return not all(t is None or _is_plain(t) for t in bucket.operands(i))
 
 
 def _without_subclass(tensor: Tensor) -> Tensor:
@@ -203,8 +212,8 @@ def _prepare_with_odd(bucket: Bucket, options: Options, odd: list[int]) -> Run:
 @torch.no_grad()
 def _update_(bucket: Bucket, options: Options) -> None:
     """Updates a bucket: large tensors on a CPU in chunks, the others by operations on lists."""
-    workspace = _Workspace()
-    coefficients: dict[torch.dtype, _Coefficients] = {}
+    workspace = Workspace()
+    coefficients: dict[torch.dtype, Coefficients] = {}
     together: list[int] = []
     elements = 0
     for i, param in enumerate(bucket.params):
@@ -212,11 +221,11 @@ def _update_(bucket: Bucket, options: Options) -> None:
         if param.is_cpu and size > _SMALL:
             dtype = COMPUTE_DTYPE[param.dtype]
             if dtype not in coefficients:
-                coefficients[dtype] = _Coefficients.of(options, dtype)
+                coefficients[dtype] = Coefficients.of(options, dtype)
             for chunk in _chunks(*bucket.operands(i)):
                 _update_chunk_(chunk, coefficients[dtype], dtype, bucket.first_step, workspace)
             continue
-        if param.is_cpu and elements + size > _CHUNK:
+        if param.is_cpu and elements + size > CHUNK:
             _update_lists_(bucket.pick(together), options)
             together, elements = [], 0
         together.append(i)
@@ -229,10 +238,10 @@ def _update_(bucket: Bucket, options: Options) -> None:
 
 def _update_chunk_(
     operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    c: _Coefficients,
+    c: Coefficients,
     dtype: torch.dtype,
     first_step: bool,
-    workspace: _Workspace,
+    workspace: Workspace,
 ) -> None:
     """Updates a chunk of a parameter on a CPU.
 
@@ -243,7 +252,7 @@ def _update_chunk_(
     p = workspace.widened("p", weight, dtype)
     g = workspace.widened("g", grad, dtype)
     m = None if momentum_buffer is None else workspace.widened("m", momentum_buffer, dtype)
-    _update_values(_SINGLE, p, g, m, c, first_step, workspace.like("scratch", p, dtype))
+    update_values(SINGLE, p, g, m, c, first_step, workspace.like("scratch", p, dtype))
     if p is not weight:
         weight.copy_(p)
     if momentum_buffer is not None and m is not None and m is not momentum_buffer:
@@ -265,7 +274,7 @@ def _update_lists_(bucket: Bucket, options: Options) -> None:
             [t if t.dtype is dtype else t.to(dtype) for t in tensors]
             for tensors in (weights, momentum_buffers, part.grads)
         )
-        _update_values(_FOREACH, p, g, m, _Coefficients.of(options, dtype), part.first_step, None)
+        update_values(_FOREACH, p, g, m, Coefficients.of(options, dtype), part.first_step, None)
         stored = [(weights, p), (momentum_buffers, m)]
         if part.master_params is not None:
             stored.append((part.params, p))
@@ -275,7 +284,7 @@ def _update_lists_(bucket: Bucket, options: Options) -> None:
                     target.copy_(value)
 
 
-class _Workspace:
+class Workspace:
     """Memory on a CPU for intermediate values, the same for all chunks of a step.
 
     New memory for each chunk would be given back to the operating system and taken from it each
@@ -291,7 +300,7 @@ class _Workspace:
         memory = self._memory.get((use, dtype))
         if memory is None or memory.numel() < size:
             # On the model's device, whatever the default device is.
-            memory = torch.empty(max(size, _CHUNK), dtype=dtype, device=model.device)
+            memory = torch.empty(max(size, CHUNK), dtype=dtype, device=model.device)
             self._memory[use, dtype] = memory
         shape = model.shape
         if len(shape) == 1:
@@ -309,7 +318,7 @@ def _chunks(*operands: Tensor | None) -> Iterable[Any]:
     """A parameter's operands, cut into chunks if they are large and laid out alike."""
     given = [t for t in operands if t is not None]
     size = given[0].numel()
-    if size <= _CHUNK:
+    if size <= CHUNK:
         return (operands,)
     if all(t.is_contiguous() for t in given):
         flat = [None if t is None else t.detach().view(-1) for t in operands]
@@ -319,7 +328,7 @@ def _chunks(*operands: Tensor | None) -> Iterable[Any]:
         flat = [None if t is None else t.detach().permute(0, 2, 3, 1).view(-1) for t in operands]
     else:
         return (operands,)
-    return zip(*(repeat(None) if t is None else torch.split(t, _CHUNK) for t in flat), strict=False)
+    return zip(*(repeat(None) if t is None else torch.split(t, CHUNK) for t in flat), strict=False)
 
 
 def count_zeros_into(num_zeros: Tensor, params: Sequence[Tensor]) -> None:
