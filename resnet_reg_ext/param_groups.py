@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .options import finite_and_not_negative
 from .scale_invariance import scale_invariant_parameters
+from .structure.coupled_rows import coupled_rows
 
 # Layers whose "weight" is a weight whatever its shape, as of a layer with one output.
 _WEIGHT_LAYERS = (
@@ -36,6 +38,8 @@ def param_groups(
     weight_decay: float = 1e-4,
     exclude: str | Sequence[str] = (),
     include: str | Sequence[str] = (),
+    group_lasso: float = 0.0,
+    example_inputs: Any = None,
 ) -> list[dict[str, Any]]:
     r"""Splits a model's parameters into a regularised and an unregularised group.
 
@@ -63,6 +67,12 @@ def param_groups(
     torch's own and others: what they make of a parameter v doesn't change when v is doubled. The
     older ``torch.nn.utils.weight_norm`` and ``spectral_norm`` are told by their class.
 
+    With ``group_lasso`` whole channels are penalised, those that :func:`resnet_reg_ext.channels`
+    finds: rows of convolutions and linear layers with the elements of norms that belong to them,
+    whether they are in the regularised group or not. Both groups get ``group_lasso``, ``rows``,
+    equal integers for parameters whose rows are coupled, and ``row_weights``, the square root of
+    the number of elements of a channel. Sets with a parameter that ``exclude`` names are left out.
+
     A parameter that is used in several places is in one group, the unregularised one if any of its
     places is. Frozen parameters are included; an optimizer passes over them until they have a
     gradient.
@@ -73,17 +83,23 @@ def param_groups(
         weight_decay: coefficient for the regularised group.
         exclude: a shell-style pattern of full parameter names, such as ``"fc.*"``, or several.
         include: the same, for parameters to regularise that would not be.
+        group_lasso: coefficient of the group lasso on channels, for both groups. Needs
+            ``example_inputs`` and ``pip install 'resnet_reg_ext[compact]'``.
+        example_inputs: what one forward pass takes, as for :func:`resnet_reg_ext.channels`.
 
     Returns:
         One or two groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: the model has no parameters, or a pattern matches none of their names.
+        ValueError: the model has no parameters, a pattern matches none of their names, or there
+            are no channels for ``group_lasso``.
+        ImportError: ``group_lasso`` is given, and torch-pruning isn't installed.
 
     Warns:
         UserWarning: a parametrization can't be tried out; its parameters are told by name and
-            shape.
+            shape. Or a set of channels isn't penalised, as a channel of it is more or less than one
+            row of each parameter.
 
     Example:
         >>> optimizer = ProxSGD(param_groups(model, l1=1e-5, weight_decay=1e-4), lr=0.1)
@@ -119,6 +135,14 @@ def param_groups(
         members = [(n, p) for p, n in names.items() if (p in unregularised) is chosen]
         if members:
             groups.append({"params": members, **options})
+    lasso = finite_and_not_negative(group_lasso, "param_groups: group_lasso")
+    if lasso > 0:
+        rows, weights = coupled_rows(model, example_inputs, excluded.matched)
+        for group in groups:
+            of_group = [names[parameter] for _, parameter in group["params"]]
+            group["group_lasso"] = lasso
+            group["rows"] = [rows.get(name) for name in of_group]
+            group["row_weights"] = [weights.get(name) for name in of_group]
     return groups
 
 
@@ -129,10 +153,14 @@ class _Patterns:
         self._argument = argument
         self._patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         self._unmatched = set(self._patterns)
+        self.matched: set[str] = set()
+        """The names that a pattern has matched."""
 
     def match(self, name: str) -> bool:
         matching = [pattern for pattern in self._patterns if fnmatchcase(name, pattern)]
         self._unmatched.difference_update(matching)
+        if matching:
+            self.matched.add(name)
         return bool(matching)
 
     def check_all_matched(self) -> None:

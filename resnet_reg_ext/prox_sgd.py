@@ -25,6 +25,7 @@ class ProxSGD(Optimizer):
 
     .. math:: F(w) = f(w) + l_1 \lVert w \rVert_1
               + \tfrac12\, \text{weight\_decay}\, \lVert w \rVert_2^2
+              + \text{group\_lasso} \sum_g a_g \lVert w_g \rVert_2
 
     where f is the loss whose gradients it is given. One step of one element, with
     k = (1 - dampening) / (1 - momentum), or 1 without momentum:
@@ -36,6 +37,7 @@ class ProxSGD(Optimizer):
         s = d + momentum * m                     nesterov; else s = m; s = d without momentum
         v = p - lr * s
         p = sign(v) * max(|v| - lr * l1 * k, 0)
+        p = p * max(1 - lr * group_lasso * a_g * k / norm(p_g), 0)      rows of a set only
         p = p / (1 + lr * weight_decay * k)      l2_mode="proximal" only
 
     With ``l1=0`` it is ``torch.optim.SGD``, bit for bit in float32 and float64 (its
@@ -58,6 +60,15 @@ class ProxSGD(Optimizer):
         l2_mode: ``"coupled"`` adds weight_decay * p to the gradient, as SGD does; ``"proximal"``
             divides by 1 + lr * weight_decay * k after the shrinkage, the elastic net's proximal map
             in closed form (default: ``"coupled"``).
+        group_lasso: coefficient of the group lasso, >= 0 (default: 0). Applies to groups that have
+            ``rows`` beside ``params``, an integer or None for each parameter: row i of all
+            parameters with one integer, in whichever groups, is one group g of F, such as a
+            channel with its norm's weight and bias. ``row_weights``, beside ``rows``, has a_g for
+            each parameter: None, a number, or one for each row; the same for all of a set; √(number
+            of elements) where all are None. ``param_groups(model, group_lasso=...)`` makes both.
+            Parameters of a set need one first dimension, device, set of dtypes, lr, momentum,
+            dampening and group_lasso, and all or none of them a gradient. On a CUDA device such
+            sets take pure PyTorch, and ``fused=True`` raises.
         maximize: ascend f instead of descending it (default: False).
         fused: None takes the native kernel, one pass over memory, for every tensor that it can take
             and pure PyTorch for the others; True raises where it can't; False always takes pure
@@ -99,7 +110,8 @@ class ProxSGD(Optimizer):
     Inside ``torch.compile`` a step is one operator. As with ``torch.optim.SGD``, a float option
     that changes makes it compile anew; make ``lr`` or ``l1`` a tensor where a schedule moves it. Of
     DTensors (FSDP2, tensor parallelism) each process steps its own shard; a gradient with other
-    placements than its parameter is redistributed.
+    placements than its parameter is redistributed. Groups with ``rows`` step outside the compiled
+    graph, and their DTensors must be divided by rows, as FSDP2 does.
 
     References:
         Combettes and Wajs, *Signal recovery by proximal forward-backward splitting*, 2005, eq. 3.6;
@@ -241,8 +253,9 @@ class ProxSGD(Optimizer):
 
         The weights that L1 has left are trained on without its bias: it no longer reduces their
         magnitudes, and the zeros stay. (Known as debiasing or refitting on the support.) Applies
-        to the groups whose ``l1`` is above 0, or was before a schedule took it to 0; it sets their
-        option ``frozen_zeros``, which a checkpoint holds, and leaves ``l1`` as it is.
+        to the groups whose ``l1`` or ``group_lasso`` is above 0, or was before a schedule took it
+        to 0; it sets their option ``frozen_zeros``, which a checkpoint holds, and leaves ``l1`` and
+        ``group_lasso`` as they are.
 
         Args:
             freeze: False ends it, in all groups.
@@ -250,11 +263,15 @@ class ProxSGD(Optimizer):
         Raises:
             ValueError: there is no such group.
         """
-        groups = [group for group in self.param_groups if not freeze or has_l1(group)]
+        groups = [
+            group
+            for group in self.param_groups
+            if not freeze or has_l1(group) or row_groups.has_group_lasso(group)
+        ]
         if not groups:
             raise ValueError(
-                "ProxSGD: freeze_zeros: no parameter group has an l1 above 0; set frozen_zeros in "
-                "the groups that are meant"
+                "ProxSGD: freeze_zeros: no parameter group has an l1 or a group_lasso above 0; set "
+                "frozen_zeros in the groups that are meant"
             )
         for group in groups:
             group["frozen_zeros"] = freeze

@@ -87,6 +87,12 @@ def has_rows(group: Mapping[str, Any]) -> bool:
     return rows is not None and any(number is not None for number in rows)
 
 
+def has_group_lasso(group: Mapping[str, Any]) -> bool:
+    """Whether a group's sets are penalised, or were before a schedule took group_lasso to 0."""
+    coefficient = group_lasso_of(group) > 0 or group.get("initial_group_lasso", 0.0) > 0
+    return coefficient and has_rows(group)
+
+
 def read(groups: Sequence[Mapping[str, Any]], frozen: Sequence[bool]) -> list[ReadSet]:
     """The sets that a step shrinks, in the order of their first parameters.
 

@@ -10,7 +10,11 @@ Kernel kernel_for(Storage, MomentumMode, UpdateForm, bool) {
   throw std::logic_error("ProxSGD: built without a CPU kernel");
 }
 
-RowKernels row_kernels_for(Storage) {
+RowKernels row_kernels_for(Storage, MomentumMode, UpdateForm) {
+  throw std::logic_error("ProxSGD: built without a CPU kernel");
+}
+
+void to_factors(double*, const double*, int64_t) {
   throw std::logic_error("ProxSGD: built without a CPU kernel");
 }
 
