@@ -127,7 +127,7 @@ def param_groups(
     excluded.check_all_matched()
     included.check_all_matched()
     unregularised = never | (unless_included - wanted)
-    groups = []
+    groups: list[dict[str, Any]] = []
     for chosen, options in (
         (False, {"l1": l1, "weight_decay": weight_decay}),
         (True, {"l1": 0.0, "weight_decay": 0.0}),

@@ -62,13 +62,11 @@ class ProxSGD(Optimizer):
             in closed form (default: ``"coupled"``).
         group_lasso: coefficient of the group lasso, >= 0 (default: 0). Applies to groups that have
             ``rows`` beside ``params``, an integer or None for each parameter: row i of all
-            parameters with one integer, in whichever groups, is one group g of F, such as a
-            channel with its norm's weight and bias. ``row_weights``, beside ``rows``, has a_g for
-            each parameter: None, a number, or one for each row; the same for all of a set; √(number
-            of elements) where all are None. ``param_groups(model, group_lasso=...)`` makes both.
-            Parameters of a set need one first dimension, device, set of dtypes, lr, momentum,
-            dampening and group_lasso, and all or none of them a gradient. On a CUDA device such
-            sets take pure PyTorch, and ``fused=True`` raises.
+            parameters with one integer, in whichever groups, is one group g of F. ``row_weights``
+            has their a_g: None for √(elements), a number, or one for each row; equal in a set.
+            See :func:`resnet_reg_ext.param_groups`. Parameters of a set need one first dimension,
+            device, lr, momentum, dampening and group_lasso, equal dtypes, and all or none of them a
+            gradient. On a CUDA device they take pure PyTorch, and ``fused=True`` raises.
         maximize: ascend f instead of descending it (default: False).
         fused: None takes the native kernel, one pass over memory, for every tensor that it can take
             and pure PyTorch for the others; True raises where it can't; False always takes pure
