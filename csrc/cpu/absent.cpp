@@ -14,8 +14,4 @@ RowKernels row_kernels_for(Storage, MomentumMode, UpdateForm) {
   throw std::logic_error("ProxSGD: built without a CPU kernel");
 }
 
-void to_factors(double*, const double*, int64_t) {
-  throw std::logic_error("ProxSGD: built without a CPU kernel");
-}
-
 }  // namespace prox_sgd::cpu

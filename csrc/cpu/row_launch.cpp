@@ -1,5 +1,6 @@
 // Runs sets of coupled rows on threads, in pieces of some rows of all parameters of a set.
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -69,6 +70,17 @@ Rows rows_of(const RowMember& member, const Piece& piece, const RowKernels& kern
   rows.weights = rows.at.master_param != nullptr ? rows.at.master_param : rows.at.param;
   if (kernels.needs_scratch) rows.weights = scratch;
   return rows;
+}
+
+// Turns each row's sum of squares into its factor.
+void to_factors(double* sums, const double* thresholds, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const double t = thresholds[row];
+    const double norm = std::sqrt(sums[row]);
+    double factor = norm <= t ? 0.0 : 1.0 - t / norm;
+    if (t == 0.0) factor = 1.0;
+    sums[row] = factor;
+  }
 }
 
 // `scratch`: room for the piece's elements where a kernel needs it.

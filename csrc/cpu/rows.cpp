@@ -3,7 +3,6 @@
 // merge with another object's.
 #include "rows.h"
 
-#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -188,7 +187,8 @@ int64_t scale(void* param, void* weights, int64_t rows, int64_t width, const dou
   return num_zeros;
 }
 
-// The variants of elements.cpp, for its reasons.
+// The variants of elements.cpp, for its reasons; of 16-bit parameters only the general one, as each
+// takes long to compile.
 template <typename T>
 auto update_for(MomentumMode mode, UpdateForm form) -> decltype(RowKernels::update) {
   constexpr auto kNone = MomentumMode::none;
@@ -196,13 +196,17 @@ auto update_for(MomentumMode mode, UpdateForm form) -> decltype(RowKernels::upda
   if (mode == MomentumMode::first_step) {
     return update_rows<T, Variant<MomentumMode::first_step, UpdateForm::general>>;
   }
-  if (mode == kNone) {
-    return form == UpdateForm::basic ? update_rows<T, Variant<kNone, UpdateForm::basic>>
-                                     : update_rows<T, Variant<kNone, UpdateForm::general>>;
+  if constexpr (sizeof(typename T::Param) > 2) {
+    if (form == UpdateForm::basic) {
+      return mode == kNone ? update_rows<T, Variant<kNone, UpdateForm::basic>>
+                           : update_rows<T, Variant<kRunning, UpdateForm::basic>>;
+    }
+    if (form == UpdateForm::nesterov) {
+      return update_rows<T, Variant<kRunning, UpdateForm::nesterov>>;
+    }
   }
-  if (form == UpdateForm::basic) return update_rows<T, Variant<kRunning, UpdateForm::basic>>;
-  if (form == UpdateForm::nesterov) return update_rows<T, Variant<kRunning, UpdateForm::nesterov>>;
-  return update_rows<T, Variant<kRunning, UpdateForm::general>>;
+  return mode == kNone ? update_rows<T, Variant<kNone, UpdateForm::general>>
+                       : update_rows<T, Variant<kRunning, UpdateForm::general>>;
 }
 
 }  // namespace
@@ -216,16 +220,6 @@ RowKernels row_kernels_for(Storage storage, MomentumMode mode, UpdateForm form) 
         update_for<T>(mode, form),          scale<P, C>, sizeof(P),
         sizeof(typename T::MomentumBuffer), sizeof(C),   sizeof(typename T::Weight) < sizeof(C)};
   });
-}
-
-void to_factors(double* sums, const double* thresholds, int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const double t = thresholds[row];
-    const double norm = std::sqrt(sums[row]);
-    double factor = norm <= t ? 0.0 : 1.0 - t / norm;
-    if (t == 0.0) factor = 1.0;
-    sums[row] = factor;
-  }
 }
 
 }  // namespace prox_sgd::cpu

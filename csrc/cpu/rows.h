@@ -31,7 +31,4 @@ struct RowKernels {
 
 RowKernels row_kernels_for(Storage storage, MomentumMode mode, UpdateForm form);
 
-// Turns each row's sum of squares into its factor.
-void to_factors(double* sums, const double* thresholds, int64_t rows);
-
 }  // namespace prox_sgd::cpu
