@@ -192,15 +192,17 @@ def _row_set(
         return None
     params = [param for _, param in one.members]
     for (g, i), param in one.members:
-        where = parameter_name(groups[g], g, i)
         if id(param) not in found:
             other = parameter_place(groups[with_grad[0][0]], *with_grad[0])
             raise ValueError(
-                f"{where}: has no gradient, but {other} has one: must have both or neither, as "
-                "their rows are coupled"
+                f"{parameter_name(groups[g], g, i)}: has no gradient, but {other} has one: must "
+                "have both or neither, as their rows are coupled"
             )
         if param.dim() == 0:
-            raise ValueError(f"{where}: has no dimensions: must have rows to be coupled")
+            raise ValueError(
+                f"{parameter_name(groups[g], g, i)}: has no dimensions: must have rows to be "
+                "coupled"
+            )
     rows = params[0].shape[0]
     weights = one.weights
     if weights is None:
@@ -224,8 +226,8 @@ def _weights_of(
         values = groups[g].get("row_weights")
         if values is not None and values[i] is not None:
             weights = _weights(values[i], f"ProxSGD: param_groups[{g}]: row_weights[{i}]")
-            assert weights is not None
-            given.append(((g, i), weights))
+            if weights is not None:
+                given.append(((g, i), weights))
     for place, weights in given[1:]:
         if not _equal(weights, given[0][1]):
             in_words = f"{parameter_name(groups[place[0]], *place)}: its row_weights"
@@ -245,8 +247,8 @@ def _equal(a: float | Tensor, b: float | Tensor) -> bool:
 
 def _weights(value: Any, name: str) -> float | Tensor | None:
     """An entry of ``row_weights``, checked: None, a number, or float64 on the CPU."""
-    if value is None:
-        return None
+    if value is None or (type(value) is float and 0 <= value < math.inf):
+        return value
     if not isinstance(value, (list, tuple, Tensor)):
         return finite_and_not_negative(value, name)
     try:

@@ -13,7 +13,7 @@ namespace prox_sgd::cpu {
 namespace {
 
 // What is read again to be scaled stays in a core's cache. Long pieces read long runs of memory.
-constexpr int64_t kPieceElements = 32768;
+constexpr int64_t kPieceElements = 65536;
 constexpr int64_t kMaxPieceRows = 512;
 
 struct Piece {

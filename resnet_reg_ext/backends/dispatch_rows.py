@@ -39,6 +39,7 @@ def prepare(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run | Skip:
         RuntimeError: ``fused=True`` and a set can't go to the native core, or a graph is being
             captured that may not hold the step.
     """
+    divided = [part.bucket for part in parts if dtensor.has_dtensors(part.bucket.params)]
     local: list[Part] = []
     for part in parts:
         check_may_run(part.bucket, part.fused, part.capturable)
@@ -54,35 +55,34 @@ def prepare(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run | Skip:
         local.append(dataclasses.replace(part, bucket=bucket, options=options))
     whole_sets, sets = sets, []
     for one in whole_sets:
-        shard = _shard_of(one, parts)
+        shard = _shard_of(one, parts, bool(divided))
         check_alike(shard, local)
         members = tuple((p, i) for p, i in shard.members if local[p].bucket.params[i].numel())
         if members:
             sets.append(dataclasses.replace(shard, members=members))
     run = _prepare_local(local, sets)
-    divided = [part.bucket for part in parts if dtensor.has_dtensors(part.bucket.params)]
     return partial(_run_on_shards, run, divided) if divided else run
 
 
-def _shard_of(one: RowSet, parts: Sequence[Part]) -> RowSet:
+def _shard_of(one: RowSet, parts: Sequence[Part], divided: bool) -> RowSet:
     """The set of this process's rows.
 
     Raises:
         ValueError: a parameter isn't divided by rows, or not as the set's others are.
     """
-    params = [bucket.params[i] for bucket, i, _ in one.named(parts)]
-    names = [name for _, _, name in one.named(parts)]
+    params = [parts[p].bucket.params[i] for p, i in one.members]
     first = params[0].shape[0]
-    for param, name in zip(params, names, strict=True):
+    for (p, i), param in zip(one.members, params, strict=True):
         if param.shape[0] != first:  # told here, as shards of unlike tensors may have like rows
+            other_part, other = one.members[0]
             raise ValueError(
-                f"{name}: its first dimension is {param.shape[0]}, and that of "
-                f"{names[0].removeprefix('ProxSGD: ')} is {first}: must be equal, as their rows "
-                "are coupled"
+                f"{parts[p].bucket.name(i)}: its first dimension is {param.shape[0]}, and that of "
+                f"{parts[other_part].bucket.name(other).removeprefix('ProxSGD: ')} is {first}: "
+                "must be equal, as their rows are coupled"
             )
-    if not dtensor.has_dtensors(params):
+    if not divided:
         return one
-    begin, rows = dtensor.local_rows(params, names)
+    begin, rows = dtensor.local_rows(params, [parts[p].bucket.name(i) for p, i in one.members])
     weights = one.weights
     if isinstance(weights, Tensor):
         weights = weights[begin : begin + rows]
@@ -150,12 +150,14 @@ def _check_set_may_be_pure(
     one: RowSet, parts: Sequence[Part], unfit: Mapping[tuple[int, int], str]
 ) -> None:
     fused = any(parts[p].fused for p, _ in one.members)
-    for member, (bucket, i, name) in zip(one.members, one.named(parts), strict=True):
+    for p, i in one.members:
+        bucket = parts[p].bucket
         check_operands(*bucket.operands(i), partial(bucket.name, i))
-        if fused and member in unfit:
-            why = unfit[member] or "fused is False for it, and its rows are coupled"
+        if fused and (p, i) in unfit:
+            why = unfit[p, i] or "fused is False for it, and its rows are coupled"
             raise RuntimeError(
-                f"{name}: fused=True, but {why}; fused=None takes pure PyTorch for such tensors"
+                f"{bucket.name(i)}: fused=True, but {why}; fused=None takes pure PyTorch for such "
+                "tensors"
             )
 
 

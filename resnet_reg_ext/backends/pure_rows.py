@@ -57,7 +57,7 @@ def prepare(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run:
 def _update_sets_(parts: Sequence[Part], sets: Sequence[RowSet]) -> None:
     workspace = Workspace()
     for one in sets:
-        params = [bucket.params[i] for bucket, i, _ in one.named(parts)]
+        params = [parts[p].bucket.params[i] for p, i in one.members]
         thresholds = one.thresholds(parts[one.members[0][0]].options).to(params[0].device)
         step = one.rows
         if params[0].is_cpu:  # in pieces that stay in the cache

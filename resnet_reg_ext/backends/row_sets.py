@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,12 +36,6 @@ class RowSet:
     weights: float | Tensor
     """a_g: one number, or float64 on the CPU, one for each row."""
 
-    def named(self, parts: Sequence[Part]) -> Iterator[tuple[Bucket, int, str]]:
-        """Each member's bucket, its index there and its name."""
-        for part, i in self.members:
-            bucket = parts[part].bucket
-            yield bucket, i, bucket.name(i)
-
     def thresholds(self, options: Options) -> Tensor:
         """Each row's t = (lr·(group_lasso·k))·a_g, in float64 in this order, on the CPU."""
         base = options.lr * (self.coefficient * options.k)
@@ -63,36 +56,34 @@ def check_alike(one: RowSet, parts: Sequence[Part]) -> None:
     Raises:
         ValueError: names two parameters and in what they differ.
     """
-    kinds = (
-        ("first dimension", partial(_first_dimension)),
-        ("device", lambda part, i: part.bucket.params[i].device),
-        ("dtypes", _storage),
-        ("lr", lambda part, i: part.options.lr),
-        ("momentum", lambda part, i: part.options.momentum),
-        ("dampening", lambda part, i: part.options.dampening),
-    )
-    first_part, first = one.members[0]
-    for what, value_of in kinds:
-        expected = value_of(parts[first_part], first)
-        for p, i in one.members[1:]:
-            value = value_of(parts[p], i)
-            if value != expected:
-                other = parts[first_part].bucket.name(first).removeprefix("ProxSGD: ")
-                raise ValueError(
-                    f"{parts[p].bucket.name(i)}: its {what} is {_in_words(value)}, and that of "
-                    f"{other} is {_in_words(expected)}: must be equal, as their rows are coupled"
-                )
+    kinds = [_kind(parts[p], i) for p, i in one.members]
+    for (p, i), kind in zip(one.members, kinds, strict=True):
+        if kind == kinds[0]:
+            continue
+        what = next(what for what in kind if kind[what] != kinds[0][what])
+        first_part, first = one.members[0]
+        other = parts[first_part].bucket.name(first).removeprefix("ProxSGD: ")
+        raise ValueError(
+            f"{parts[p].bucket.name(i)}: its {what} is {_in_words(kind[what])}, and that of "
+            f"{other} is {_in_words(kinds[0][what])}: must be equal, as their rows are coupled"
+        )
 
 
-def _first_dimension(part: Part, i: int) -> int:
-    return part.bucket.params[i].shape[0]
-
-
-def _storage(part: Part, i: int) -> tuple[torch.dtype | None, ...]:
-    """The dtypes of a parameter, its momentum buffer and its master weight."""
+def _kind(part: Part, i: int) -> dict[str, object]:
+    """What must be equal within a set."""
     param, _, momentum_buffer, master = part.bucket.operands(i)
-    state = (momentum_buffer, master)
-    return (param.dtype, *(None if t is None else t.dtype for t in state))
+    return {
+        "first dimension": param.shape[0],
+        "device": param.device,
+        "storage": (
+            param.dtype,
+            None if momentum_buffer is None else momentum_buffer.dtype,
+            None if master is None else master.dtype,
+        ),
+        "lr": part.options.lr,
+        "momentum": part.options.momentum,
+        "dampening": part.options.dampening,
+    }
 
 
 def _in_words(value: object) -> str:

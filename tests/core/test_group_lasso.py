@@ -130,7 +130,7 @@ REFUSED = {
     ),
     "storage": (
         with_set(((4, 2), {}), ((4,), {"momentum_dtype": torch.bfloat16})),
-        r"its dtypes is parameter torch.float32, momentum buffer torch.bfloat16",
+        r"its storage is parameter torch.float32, momentum buffer torch.bfloat16",
     ),
     "no dimensions": (with_set(((), {})), r"has no dimensions"),
     "weights": (
