@@ -204,6 +204,13 @@ def _row_set(
                 "coupled"
             )
     rows = params[0].shape[0]
+    for (g, i), param in one.members:
+        if param.shape[0] != rows:
+            other = parameter_place(groups[one.members[0][0][0]], *one.members[0][0])
+            raise ValueError(
+                f"{parameter_name(groups[g], g, i)}: its first dimension is {param.shape[0]}, and "
+                f"that of {other} is {rows}: must be equal, as their rows are coupled"
+            )
     weights = one.weights
     if weights is None:
         weights = math.sqrt(sum(p.numel() // rows for p in params)) if rows else 0.0
@@ -221,13 +228,14 @@ def _weights_of(
     groups: Sequence[Mapping[str, Any]], members: Sequence[tuple[Place, Tensor]]
 ) -> float | Tensor | None:
     """The weights of a set: what any of its parameters says, which must be the same."""
-    given: list[tuple[Place, float | Tensor]] = []
+    given: list[tuple[Place, Any]] = []
     for (g, i), _ in members:
         values = groups[g].get("row_weights")
-        if values is not None and values[i] is not None:
-            weights = _weights(values[i], f"ProxSGD: param_groups[{g}]: row_weights[{i}]")
-            if weights is not None:
-                given.append(((g, i), weights))
+        value = None if values is None else values[i]
+        if value is not None:
+            if type(value) is not float or not 0 <= value < math.inf:
+                value = _weights(value, f"ProxSGD: param_groups[{g}]: row_weights[{i}]")
+            given.append(((g, i), value))
     for place, weights in given[1:]:
         if not _equal(weights, given[0][1]):
             in_words = f"{parameter_name(groups[place[0]], *place)}: its row_weights"
@@ -247,8 +255,8 @@ def _equal(a: float | Tensor, b: float | Tensor) -> bool:
 
 def _weights(value: Any, name: str) -> float | Tensor | None:
     """An entry of ``row_weights``, checked: None, a number, or float64 on the CPU."""
-    if value is None or (type(value) is float and 0 <= value < math.inf):
-        return value
+    if value is None:
+        return None
     if not isinstance(value, (list, tuple, Tensor)):
         return finite_and_not_negative(value, name)
     try:

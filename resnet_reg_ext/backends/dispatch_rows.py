@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence, Set
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .dispatch import (
     refuse_stray_dtensors,
     resolve_negation,
 )
-from .row_sets import Part, RowSet, check_alike, rows_contiguous
+from .row_sets import Part, RowSet, check_alike, rows_contiguous, uniform
 
 
 def prepare(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run | Skip:
@@ -53,35 +54,34 @@ def prepare(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run | Skip:
         if isinstance(options, Skip):
             return options
         local.append(dataclasses.replace(part, bucket=bucket, options=options))
-    whole_sets, sets = sets, []
-    for one in whole_sets:
-        shard = _shard_of(one, parts, bool(divided))
-        check_alike(shard, local)
-        members = tuple((p, i) for p, i in shard.members if local[p].bucket.params[i].numel())
-        if members:
-            sets.append(dataclasses.replace(shard, members=members))
+    if divided:
+        sets = [_shard_of(one, parts) for one in sets]
+    if not uniform(local):
+        for one in sets:
+            check_alike(one, local)
+    if not all(map(Tensor.numel, chain.from_iterable(part.bucket.params for part in local))):
+        sets = _without_empty(sets, local)
     run = _prepare_local(local, sets)
     return partial(_run_on_shards, run, divided) if divided else run
 
 
-def _shard_of(one: RowSet, parts: Sequence[Part], divided: bool) -> RowSet:
+def _without_empty(sets: Sequence[RowSet], parts: Sequence[Part]) -> list[RowSet]:
+    """The sets without parameters that have no elements, such as an empty shard."""
+    kept = []
+    for one in sets:
+        members = tuple((p, i) for p, i in one.members if parts[p].bucket.params[i].numel())
+        if members:
+            kept.append(dataclasses.replace(one, members=members))
+    return kept
+
+
+def _shard_of(one: RowSet, parts: Sequence[Part]) -> RowSet:
     """The set of this process's rows.
 
     Raises:
         ValueError: a parameter isn't divided by rows, or not as the set's others are.
     """
     params = [parts[p].bucket.params[i] for p, i in one.members]
-    first = params[0].shape[0]
-    for (p, i), param in zip(one.members, params, strict=True):
-        if param.shape[0] != first:  # told here, as shards of unlike tensors may have like rows
-            other_part, other = one.members[0]
-            raise ValueError(
-                f"{parts[p].bucket.name(i)}: its first dimension is {param.shape[0]}, and that of "
-                f"{parts[other_part].bucket.name(other).removeprefix('ProxSGD: ')} is {first}: "
-                "must be equal, as their rows are coupled"
-            )
-    if not divided:
-        return one
     begin, rows = dtensor.local_rows(params, [parts[p].bucket.name(i) for p, i in one.members])
     weights = one.weights
     if isinstance(weights, Tensor):

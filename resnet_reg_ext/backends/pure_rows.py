@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..options import Options
 from .bucket import Run
 from .checks import COMPUTE_DTYPE
 from .pure import (
@@ -27,6 +26,9 @@ from .row_sets import Part, RowSet
 # A row's squares are added in segments of this many elements, and in a segment in lanes.
 SEGMENT = 512
 LANES = 16
+# Elements of a set that are updated before they are scaled, on a CPU: bounds the memory that 16-bit
+# parameters take in float32.
+_PIECE = 1 << 21
 
 
 def prepare(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run:
@@ -60,8 +62,8 @@ def _update_sets_(parts: Sequence[Part], sets: Sequence[RowSet]) -> None:
         params = [parts[p].bucket.params[i] for p, i in one.members]
         thresholds = one.thresholds(parts[one.members[0][0]].options).to(params[0].device)
         step = one.rows
-        if params[0].is_cpu:  # in pieces that stay in the cache
-            step = max(1, CHUNK * one.rows // sum(p.numel() for p in params))
+        if params[0].is_cpu:
+            step = max(1, _PIECE * one.rows // sum(p.numel() for p in params))
         for begin in range(0, one.rows, step):
             _update_piece_(parts, one, begin, thresholds[begin : begin + step], workspace)
 
@@ -71,46 +73,60 @@ def _update_piece_(
 ) -> None:
     """Updates some rows of a set: element by element, then each row by its group's factor."""
     count = len(thresholds)
-    moved: list[tuple[Tensor, Tensor, Tensor | None, Options]] = []
+    moved: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
     total = torch.zeros_like(thresholds)
     for n, (p, i) in enumerate(one.members):
         part = parts[p]
-        param, grad, momentum_buffer, master = (
+        operands = [
             None if t is None else t.detach().narrow(0, begin, count)
             for t in part.bucket.operands(i)
-        )
+        ]
+        param, _, _, master = operands
         assert param is not None
-        assert grad is not None
-        weight = param if master is None else master
-        dtype = COMPUTE_DTYPE[param.dtype]
         # Its own memory for each parameter: all are needed until the factors are known.
-        u = workspace.widened(f"p{n}", weight, dtype)
-        m = None if momentum_buffer is None else workspace.widened("m", momentum_buffer, dtype)
-        update_values(
-            SINGLE,
-            u,
-            workspace.widened("g", grad, dtype),
-            m,
-            Coefficients.of(part.options, dtype)._replace(l2_factor=1.0),
-            part.bucket.first_step,
-            workspace.like("scratch", u, dtype),
-        )
-        if momentum_buffer is not None and m is not None and m is not momentum_buffer:
-            momentum_buffer.copy_(m)
-        total += square_sums(_in_memory_order(u))
-        moved.append((u, param, master, part.options))
+        dtype = COMPUTE_DTYPE[param.dtype]
+        u = workspace.widened(f"p{n}", param if master is None else master, dtype)
+        step = max(1, CHUNK * count // param.numel()) if param.is_cpu else count
+        for at in range(0, count, step):
+            rows = slice(at, at + step)
+            grad, momentum_buffer = (None if t is None else t[rows] for t in operands[1:3])
+            _update_chunk_(u[rows], grad, momentum_buffer, part, workspace)
+            total[rows] += square_sums(_in_memory_order(u[rows]))
+        moved.append((u, param, master, part.options.l2_factor))
     norms = _square_roots(total)
     dead = (norms <= thresholds) & (thresholds != 0)
     factors = torch.where(thresholds == 0, 1.0, 1 - thresholds / norms)
-    for u, param, master, options in moved:
+    any_dead = not dead.is_cpu or bool(dead.any())  # which a GPU's host would wait for
+    for u, param, master, l2_factor in moved:
         of_rows = [count] + [1] * (u.dim() - 1)
         u.mul_(factors.to(u.dtype).view(of_rows))
-        u.masked_fill_(dead.view(of_rows), 0)
-        if options.l2_factor != 1:
-            u.mul_(options.l2_factor)
+        if any_dead:
+            u.masked_fill_(dead.view(of_rows), 0)
+        if l2_factor != 1:
+            u.mul_(l2_factor)
         for target in (param, master):
             if target is not None and target is not u:
                 target.copy_(u)
+
+
+def _update_chunk_(
+    u: Tensor, grad: Tensor | None, momentum_buffer: Tensor | None, part: Part, workspace: Workspace
+) -> None:
+    """Updates rows up to the soft threshold: ``u``, in the compute dtype, and the momentum."""
+    dtype = u.dtype
+    assert grad is not None
+    m = None if momentum_buffer is None else workspace.widened("m", momentum_buffer, dtype)
+    update_values(
+        SINGLE,
+        u,
+        workspace.widened("g", grad, dtype),
+        m,
+        Coefficients.of(part.options, dtype)._replace(l2_factor=1.0),
+        part.bucket.first_step,
+        workspace.like("scratch", u, dtype),
+    )
+    if momentum_buffer is not None and m is not None and m is not momentum_buffer:
+        momentum_buffer.copy_(m)
 
 
 def _square_roots(values: Tensor) -> Tensor:
@@ -156,13 +172,11 @@ def _segment_sums(segments: Tensor) -> Tensor:
     padded = segments
     if size % LANES:
         padded = torch.nn.functional.pad(segments, (0, steps * LANES - size))
-    # Lanes lie side by side, and what goes to one lane after another: whole tensors are added.
-    by_step = padded.view(count, number, steps, LANES).permute(2, 0, 1, 3)
-    squares = torch.empty(by_step.shape, dtype=torch.float64, device=segments.device)
-    squares.copy_(by_step).mul_(squares)
-    lanes = squares[0]
-    for step in range(1, steps):
-        lanes += squares[step]
+    wide = padded.double()
+    squares = wide * wide if wide is padded else wide.mul_(wide)
+    lanes, *others = squares.view(count, number, steps, LANES).unbind(2)
+    for other in others:
+        lanes += other
     while lanes.shape[2] > 1:
         half = lanes.shape[2] // 2
         lanes = lanes[..., :half] + lanes[..., half:]

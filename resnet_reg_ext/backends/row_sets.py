@@ -47,7 +47,28 @@ class RowSet:
 def rows_contiguous(tensor: Tensor) -> bool:
     """Whether each row of a dense tensor is one block of memory, row after row."""
     rows = tensor.shape[0]
-    return rows == 1 or tensor.stride(0) == tensor.numel() // rows
+    return tensor.is_contiguous() or rows == 1 or tensor.stride(0) == tensor.numel() // rows
+
+
+def uniform(parts: Sequence[Part]) -> bool:
+    """Whether all parameters of all parts are alike, so that each set's needn't be compared."""
+    kinds = {
+        (
+            *(getattr(part.options, name) for name in ("lr", "momentum", "dampening")),
+            frozenset(p.device for p in part.bucket.params),
+            *(
+                None if tensors is None else frozenset(t.dtype for t in tensors)
+                for tensors in (
+                    part.bucket.params,
+                    part.bucket.momentum_buffers,
+                    part.bucket.master_params,
+                )
+            ),
+        )
+        for part in parts
+    }
+    of_one = next(iter(kinds), ())
+    return len(kinds) == 1 and all(len(k) == 1 for k in of_one if isinstance(k, frozenset))
 
 
 def check_alike(one: RowSet, parts: Sequence[Part]) -> None:
@@ -73,7 +94,6 @@ def _kind(part: Part, i: int) -> dict[str, object]:
     """What must be equal within a set."""
     param, _, momentum_buffer, master = part.bucket.operands(i)
     return {
-        "first dimension": param.shape[0],
         "device": param.device,
         "storage": (
             param.dtype,
