@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from reference import assert_same
+from test_all_or_nothing import One, Refusing
 from torch import nn
 
 from resnet_reg_ext import ProxSGD, functional, sparsity
@@ -381,3 +382,37 @@ def test_zero_counts_include_dead_groups():
     assert by_name["param_groups[0]['params'][0]"] == 6 * 27
     assert by_name["param_groups[1]['params'][1]"] == 6
     assert (groups_of(params) == 0).all()
+
+
+def test_tensors_of_subclasses():
+    """Pure PyTorch steps them as it does plain ones; one that refuses changes nothing."""
+    expected = net()[:3]
+    before = [p.detach().clone() for p in expected]
+    results = {}
+    for kind in ("plain", "subclass", "wrapper", "refusing"):
+        params = net()[:3]
+        inner = params[1]
+        if kind == "subclass":
+            params[1] = nn.Parameter(inner.detach().as_subclass(One))
+        elif kind != "plain":
+            params[1] = nn.Parameter(
+                Refusing(inner.detach(), ["mul"] if kind == "refusing" else [])
+            )
+        optimizer = ProxSGD([{"params": params, "rows": [0, 0, 0]}], **OPTIONS)
+        set_grads(params)
+        if kind in ("wrapper", "refusing"):
+            params[1].grad = Refusing(params[1].grad, params[1].refused)
+        if kind == "refusing":
+            with pytest.raises(NotImplementedError):
+                optimizer.step()
+            assert not optimizer.state
+        else:
+            optimizer.step()
+        if kind in ("wrapper", "refusing"):
+            params[1] = params[1].inner
+        results[kind] = [torch.as_tensor(p.detach()) for p in params]
+    for kind in ("subclass", "wrapper"):
+        for a, b in zip(results[kind], results["plain"], strict=True):
+            assert_same(a.as_subclass(torch.Tensor), b)
+    for a, b in zip(results["refusing"], before, strict=True):
+        assert_same(a, b)

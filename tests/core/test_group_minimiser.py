@@ -19,11 +19,6 @@ TRAJECTORIES = {
 GROUPS, WIDTH = 12, 4  # a group: a row of a matrix and an element of a vector
 WEIGHT_DECAY = 0.2
 WEIGHTS = 1 + 0.1 * np.arange(GROUPS)
-pytestmark = [
-    pytest.mark.parametrize("trajectory", TRAJECTORIES),
-    pytest.mark.parametrize("l2_mode", ["coupled", "proximal"]),
-    pytest.mark.parametrize("l1", [0.0, 0.02], ids=["groups", "sparse groups"]),
-]
 
 
 def gain(options):
@@ -103,7 +98,14 @@ def trained(gradient, x, y, lr, l1, l2_mode, options, fused, lasso):
     return torch.cat([matrix.detach(), vector.detach()[:, None]], 1).numpy()
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
+# A logistic step costs more, and knows no more of momentum.
+CASES = [("quadratic", trajectory) for trajectory in TRAJECTORIES]
+CASES += [("logistic", "momentum"), ("logistic", "nesterov")]
+
+
+@pytest.mark.parametrize(("problem", "trajectory"), CASES)
+@pytest.mark.parametrize("l2_mode", ["coupled", "proximal"])
+@pytest.mark.parametrize("l1", [0.0, 0.02], ids=["groups", "sparse groups"])
 def test_minimiser(problem, trajectory, l2_mode, l1):
     expected, largest = solved(problem, l1)
     dead = (expected == 0).all(1)
