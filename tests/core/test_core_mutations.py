@@ -109,7 +109,7 @@ MUTANTS = [
     Mutant(
         "zero groups not counted", ROWS, "if (counts) {", "if (counts && factor != C(0)) {", "zeros"
     ),
-    Mutant("below for at most", ROW_LAUNCH, "norm <= t ?", "norm < t ?", "at_its_threshold"),
+    Mutant("zeros by a product", ROWS, "if (factor == C(0)) {", "if (false) {", "at_its_threshold"),
     Mutant(
         "a NaN becomes zero",
         ROW_LAUNCH,

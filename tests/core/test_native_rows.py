@@ -78,7 +78,7 @@ def test_the_bits_of_the_reference(dtype, threads):
 
 
 def test_a_group_at_its_threshold_is_zero():
-    p = one_set([[3.0, 4.0], [-3.0, 4.0], [3.0, 4.0]], [5.0, 4.0, 6.0])
+    p = one_set([[-3.0, 4.0], [-3.0, 4.0], [3.0, -4.0]], [5.0, 4.0, 6.0])
     assert p.tolist() == [[0, 0], [-0.6000000238418579, 0.800000011920929], [0, 0]]
     assert not np.signbit(p[[0, 2]]).any()
 
