@@ -26,7 +26,7 @@ STORAGES = {
 SPECIAL = [0.0, -0.0, 1e-40, -6e-8, 1e-3, float("inf"), float("nan")]
 # Around a lane's, a segment's and a vector's ends; 1 is that of norms and biases.
 WIDTHS = [1, 2, 3, 15, 16, 17, 31, 48, 147, 511, 512, 513, 576, 1024, 1030]
-CASES = 10  # of each storage; each is several sets of several tensors and two steps
+CASES = 40  # of each storage; each is several sets of several tensors and two steps
 
 
 def case(rng, storage):
