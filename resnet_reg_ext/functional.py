@@ -98,6 +98,11 @@ def group_soft_threshold(x: Tensor, threshold: float | Tensor, dim: int = 0) -> 
     Raises:
         ValueError: a threshold is negative, NaN or infinite, there is neither one nor one for each
             slice, or x has no dimensions.
+
+    Example:
+        >>> group_soft_threshold(torch.tensor([[6.0, 8.0], [0.6, 0.8]]), 5.0)
+        tensor([[3., 4.],
+                [0., 0.]])
     """
     if x.dim() == 0:
         raise ValueError("x has no dimensions: must have one along which groups lie")
