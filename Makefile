@@ -56,7 +56,7 @@ test-matrix: $(WHEEL)
 
 # The portable CPU kernel on aarch64, under emulation, against the AVX2 kernel here: needs
 # g++-aarch64-linux-gnu and qemu-user.
-AARCH64_SOURCES := tests/core/aarch64_bits.cpp csrc/cpu/elements.cpp csrc/cpu/plan.cpp csrc/cpu/launch.cpp
+AARCH64_SOURCES := tests/core/aarch64_bits.cpp $(addprefix csrc/cpu/,elements.cpp plan.cpp launch.cpp rows.cpp row_launch.cpp)
 AARCH64_FLAGS := -std=c++17 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp
 test-aarch64:
 	mkdir -p build/aarch64

@@ -15,6 +15,7 @@
 
 #include "build_info.h"
 #include "prox_sgd.h"
+#include "row_bindings.h"
 #include "tensor_lists.h"
 
 namespace py = pybind11;
@@ -309,6 +310,7 @@ PYBIND11_MODULE(_C, m) {
       "l1_dtype number (storage.h), grad_scale, grad_coefficient and found_inf (float32).",
       false);
   bind_reader(m);
+  bind_rows(m);
 
   m.def("prox_sgd_", &run, py::arg("reader"), py::arg("steps"), py::arg("threads"),
         "One step on all tensors of readings, in place. `steps`: tuples of a reading, its options "

@@ -67,7 +67,9 @@ def cxx_sources(tools: Toolchain, folder: Path) -> dict[str, list[str]]:
         "bindings.cpp": [*common, *python],
         "tensor_view.cpp": [*common, *python],
         "tensor_lists.cpp": [*common, *python],
+        "row_bindings.cpp": [*common, *python],
         "cpu/plan.cpp": common,
+        "cpu/row_launch.cpp": [*common, *KERNEL_FLAGS, *tools.openmp],
         "cpu/simd.cpp": [*common, *has_avx2],
         "cpu/launch.cpp": [*common, *KERNEL_FLAGS, *tools.openmp],
         "cuda/plan.cpp": [
@@ -79,7 +81,8 @@ def cxx_sources(tools: Toolchain, folder: Path) -> dict[str, list[str]]:
     if without_kernel:
         sources["cpu/absent.cpp"] = common
     else:
-        sources["cpu/elements.cpp"] = [*common, *KERNEL_FLAGS, *tools.avx2]
+        for kernel in ("cpu/elements.cpp", "cpu/rows.cpp"):
+            sources[kernel] = [*common, *KERNEL_FLAGS, *tools.avx2]
     if tools.cuda is None:
         sources["cuda/absent.cpp"] = common
     return sources

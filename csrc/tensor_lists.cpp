@@ -171,16 +171,17 @@ std::vector<bool> find_shared(const std::vector<Fitting>& fitting) {
   return shared;
 }
 
-// Adds operands to the batch of their device and storage.
-void add(std::vector<Batch>& batches, const dlpack::Device& device, Storage storage,
-         const Operands& operands) {
+// Adds a parameter to the batch of its device and storage.
+void add(std::vector<Batch>& batches, const Fitting& f) {
   const auto belongs = [&](const Batch& batch) {
-    return batch.storage == storage && batch.device.device_type == device.device_type &&
-           batch.device.device_id == device.device_id;
+    return batch.storage == f.storage && batch.device.device_type == f.device.device_type &&
+           batch.device.device_id == f.device.device_id;
   };
   const auto found = std::find_if(batches.begin(), batches.end(), belongs);
-  Batch& batch = found == batches.end() ? batches.emplace_back(Batch{device, storage, {}}) : *found;
-  batch.operands.push_back(operands);
+  Batch& batch =
+      found == batches.end() ? batches.emplace_back(Batch{f.device, f.storage, {}, {}}) : *found;
+  batch.operands.push_back(f.operands);
+  batch.indices.push_back(f.index);
 }
 
 }  // namespace
@@ -256,7 +257,7 @@ Reading TensorReader::read(const py::list& params, const py::list& grads,
     if (shared[n]) {
       reading.rejections.push_back({f.index, Reason::shared, in_words(Reason::shared, simd)});
     } else {
-      add(reading.batches, f.device, f.storage, f.operands);
+      add(reading.batches, f);
     }
   }
   const auto by_index = [](const Rejection& a, const Rejection& b) { return a.index < b.index; };

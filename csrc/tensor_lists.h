@@ -18,6 +18,7 @@ struct Batch {
   dlpack::Device device;
   Storage storage;
   std::vector<Operands> operands;
+  std::vector<int64_t> indices;  // the operands' places in the lists
 };
 
 // Why the native kernels can't take a parameter as it is. Ordered: the first reason that holds is

@@ -51,6 +51,9 @@ def complete_options(
     kept = defaults if live is None else live
     for key, value in defaults.items():
         group.setdefault(key, kept.get(key, value))
+    for key in ("rows", "row_weights"):  # a checkpoint without groups doesn't say what is coupled
+        if group.get(key) is None:
+            group[key] = kept.get(key)
     if live is not None:
         group |= {key: live[key] for key in HOW_TO_COMPUTE}
         if "param_names" in live:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import state
+from . import row_groups, state
 from .backends import dtensor
 from .backends.device_values import DeviceValues
 from .backends.op import prox_sgd_step
@@ -40,7 +40,8 @@ def init_group(
 
     ``momentum_buffers``, ``master_params`` and ``starts`` get None for what doesn't exist yet.
     """
-    if dtensor.has_dtensors(group["params"]):
+    # Coupled rows whatever their group_lasso is: a float that changes isn't guarded.
+    if dtensor.has_dtensors(group["params"]) or row_groups.has_rows(group):
         return NOT_IN_A_GRAPH
     momentum = bool(to_number(group["momentum"], f"ProxSGD: param_groups[{index}]: momentum") != 0)
     buckets = state.collect({**group, "track_sparsity": False}, index, optimizer.state, momentum)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import state
-from .backends import dispatch, dtensor
+from . import row_groups, state
+from .backends import dispatch, dispatch_rows, dtensor
 from .backends.bucket import Bucket, Run, Skip
 from .backends.device_values import DeviceValues, to_float32
 from .options import Options, one_element, to_number
@@ -29,12 +29,20 @@ def step(optimizer: Optimizer, grad_coefficient: float | Tensor | None) -> list[
     groups = optimizer.param_groups
     # An option's __float__ may run anyone's code: all are read before any tensor is.
     read = [_read_options(group, index, values, coefficient) for index, group in enumerate(groups)]
+    sets = row_groups.read(groups, [options.frozen_zeros for options, _ in read])
     collected: list[tuple[Bucket, int]] = []
     for index, (group, (options, _)) in enumerate(zip(groups, read, strict=True)):
         for bucket in state.collect(group, index, optimizer.state, options.momentum != 0):
             state.create_missing(bucket, group)
             collected.append((bucket, index))
-    prepared: list[tuple[Bucket, Run]] = []
+    stepped: list[Bucket] = []
+    runs: list[Run] = []
+    if sets:
+        collected, parts, row_sets = row_groups.divide(sets, groups, read, collected)
+        run = dispatch_rows.prepare(parts, row_sets)
+        if not isinstance(run, Skip):
+            runs.append(run)
+            stepped += [part.bucket for part in parts]
     for bucket, index in collected:
         options, of_group = read[index]
         run = dispatch.prepare(
@@ -45,13 +53,14 @@ def step(optimizer: Optimizer, grad_coefficient: float | Tensor | None) -> list[
             values=of_group,
         )
         if not isinstance(run, Skip):
-            prepared.append((bucket, run))
-    dispatch.run_all([run for _, run in prepared])
-    for bucket, _ in prepared:
+            runs.append(run)
+            stepped.append(bucket)
+    dispatch.run_all(runs)
+    for bucket in stepped:
         state.commit(bucket, optimizer.state)
     return [
         TrackedZeros(bucket.params, bucket.starts, bucket.num_zeros, values.found_inf).stamped()
-        for bucket, _ in prepared
+        for bucket in stepped
         if bucket.num_zeros is not None
     ]
 

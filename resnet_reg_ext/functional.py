@@ -12,7 +12,7 @@ from .backends.bucket import Bucket, Skip
 from .backends.checks import check_not_negated
 from .options import Options, finite_and_not_negative
 
-__all__ = ["elastic_net_prox", "prox_sgd_", "soft_threshold"]
+__all__ = ["elastic_net_prox", "group_soft_threshold", "prox_sgd_", "soft_threshold"]
 
 
 def soft_threshold(x: Tensor, threshold: float) -> Tensor:
@@ -73,6 +73,57 @@ def elastic_net_prox(x: Tensor, l1: float, weight_decay: float, step: float = 1.
     return soft_threshold(x, t) * (
         1 / (1 + s * finite_and_not_negative(weight_decay, "weight_decay"))
     )
+
+
+def group_soft_threshold(x: Tensor, threshold: float | Tensor, dim: int = 0) -> Tensor:
+    r"""The proximal map of the group lasso, whose groups are the slices of x along ``dim``.
+
+    .. math:: u_g = \max(1 - t_g / \lVert x_g \rVert_2,\ 0)\; x_g
+              = \arg\min_u \tfrac12 \lVert u - x_g \rVert_2^2 + t_g \lVert u \rVert_2
+
+    Gives +0 for a whole group where its norm is at most t, a group of zeros included. A NaN makes
+    its group NaN. Norms are computed in float64. Applied to what :func:`soft_threshold` gives, it
+    is the proximal map of both penalties' sum. (Yuan and Lin, *Model selection and estimation in
+    regression with grouped variables*, 2006; Simon et al., *A sparse-group lasso*, 2013.)
+
+    Args:
+        x: a floating-point tensor of one or more dimensions.
+        threshold: t >= 0, finite: a number, or a tensor of one for each slice.
+        dim: the dimension along which groups lie: ``x.select(dim, i)`` is one.
+
+    Returns:
+        A new tensor of x's shape and dtype. Differentiable in x; the gradient is 0 in groups that
+        are set to zero, the kink included.
+
+    Raises:
+        ValueError: a threshold is negative, NaN or infinite, there is neither one nor one for each
+            slice, or x has no dimensions.
+
+    Example:
+        >>> group_soft_threshold(torch.tensor([[6.0, 8.0], [0.6, 0.8]]), 5.0)
+        tensor([[3., 4.],
+                [0., 0.]])
+    """
+    if x.dim() == 0:
+        raise ValueError("x has no dimensions: must have one along which groups lie")
+    dim = range(x.dim())[dim]
+    t = torch.as_tensor(threshold, dtype=torch.float64, device=x.device)
+    if t.shape not in ((), (1,), (x.shape[dim],)):
+        raise ValueError(
+            f"threshold's shape is {tuple(t.shape)}: must be one number, or ({x.shape[dim]},), one "
+            f"for each slice along dimension {dim}"
+        )
+    if not bool(((t >= 0) & t.isfinite()).all()):
+        raise ValueError(f"threshold is {threshold}: must be finite and not negative")
+    t = t.reshape([-1 if d == dim else 1 for d in range(x.dim())])
+    squares = x.double().square()
+    others = [d for d in range(x.dim()) if d != dim]
+    square_sums = squares.sum(others, keepdim=True) if others else squares
+    dead = square_sums.sqrt() <= t
+    # Where the norm isn't used it must not be 0 either: its derivative would be infinite.
+    norms = torch.where(square_sums == 0, torch.ones_like(square_sums), square_sums).sqrt()
+    factors = torch.where(dead, torch.zeros_like(norms), 1 - t / norms).to(x.dtype)
+    return torch.where(dead, torch.zeros_like(x), x * factors)
 
 
 def prox_sgd_(

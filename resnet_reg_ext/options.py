@@ -109,6 +109,15 @@ class Options:
         return options
 
 
+def group_lasso_of(group: Mapping[str, Any], where: str = "") -> float:
+    """A group's coefficient of the group lasso, checked; 0 where the group has none.
+
+    Raises:
+        ValueError: it is out of its range; names its value.
+    """
+    return _number(group, "group_lasso", where) if "group_lasso" in group else 0.0
+
+
 def _check_choices(group: Mapping[str, Any], where: str) -> None:
     if group["l2_mode"] not in L2_MODES:
         raise ValueError(f"{where}l2_mode is {group['l2_mode']!r}: must be one of {L2_MODES}")

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .options import check_toward
+from .options import check_toward, finite_and_not_negative
 from .scale_invariance import scale_invariant_parameters
+from .structure.coupled_rows import coupled_rows
 
 # Layers whose "weight" is a weight whatever its shape, as of a layer with one output.
 _WEIGHT_LAYERS = (
@@ -39,6 +40,8 @@ def param_groups(
     include: str | Sequence[str] = (),
     toward: str = "zero",
     new: str | Sequence[str] = (),
+    group_lasso: float = 0.0,
+    example_inputs: Any = None,
 ) -> list[dict[str, Any]]:
     r"""Splits a model's parameters into a regularised and an unregularised group.
 
@@ -70,6 +73,12 @@ def param_groups(
     torch's own and others: what they make of a parameter v doesn't change when v is doubled. The
     older ``torch.nn.utils.weight_norm`` and ``spectral_norm`` are told by their class.
 
+    With ``group_lasso`` whole channels are penalised, those that :func:`resnet_reg_ext.channels`
+    finds: rows of convolutions and linear layers with the elements of norms that belong to them,
+    whether they are in the regularised group or not. Both groups get ``group_lasso``, ``rows``,
+    equal integers for parameters whose rows are coupled, and ``row_weights``, the square root of
+    the number of elements of a channel. Sets with a parameter that ``exclude`` names are left out.
+
     A parameter that is used in several places is in one group, the unregularised one if any of its
     places is. Frozen parameters are included; an optimizer passes over them until they have a
     gradient.
@@ -83,34 +92,37 @@ def param_groups(
         toward: the regularised group's option: ``"zero"`` or ``"start"``.
         new: the same as ``exclude``, for parameters that aren't pretrained; with
             ``toward="start"`` only.
+        group_lasso: coefficient of the group lasso on channels, for all groups; with
+            ``toward="zero"`` only. Needs ``example_inputs`` and
+            ``pip install 'resnet_reg_ext[compact]'``.
+        example_inputs: what one forward pass takes, as for :func:`resnet_reg_ext.channels`.
 
     Returns:
         One to three groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: the model has no parameters, a pattern matches none of their names, or
-            ``toward`` is neither of the two, or ``"zero"`` with ``new``.
+        ValueError: the model has no parameters, a pattern matches none of their names, there are
+            no channels for ``group_lasso``, or ``toward`` is neither of the two, ``"zero"`` with
+            ``new``, or ``"start"`` with ``group_lasso``.
+        ImportError: ``group_lasso`` is given, and torch-pruning isn't installed.
 
     Warns:
         UserWarning: a parametrization can't be tried out; its parameters are told by name and
-            shape.
+            shape. Or a set of channels isn't penalised, as a channel of it is more or less than one
+            row of each parameter.
 
     Example:
         >>> optimizer = ProxSGD(param_groups(model, l1=1e-5, weight_decay=1e-4), lr=0.1)
-        >>> groups = param_groups(pretrained, toward="start", new="fc.*")  # to fine-tune
+        >>> groups = param_groups(model, toward="start", new="fc.*")  # to fine-tune
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"param_groups: model is a {type(model).__name__}: must be a module, whose layers tell "
             "which parameters to regularise"
         )
-    check_toward(toward, "param_groups: ")
-    if toward == "zero" and new:
-        raise ValueError(
-            f"param_groups: new is {new!r} with toward='zero': all weights are pulled towards zero "
-            "then; it needs toward='start'"
-        )
+    lasso = finite_and_not_negative(group_lasso, "param_groups: group_lasso")
+    _check_toward(toward, new, lasso)
     excluded, included = _Patterns("exclude", exclude), _Patterns("include", include)
     unpretrained = _Patterns("new", new)
     names: dict[nn.Parameter, str] = {}
@@ -147,7 +159,29 @@ def param_groups(
         taken |= kind
         if members:
             groups.insert(0, {"params": members, **options})
+    if lasso > 0:
+        rows, weights = coupled_rows(model, example_inputs, excluded.matched)
+        for group in groups:
+            of_group = [names[parameter] for _, parameter in group["params"]]
+            group["group_lasso"] = lasso
+            group["rows"] = [rows.get(name) for name in of_group]
+            group["row_weights"] = [weights.get(name) for name in of_group]
     return groups
+
+
+def _check_toward(toward: str, new: str | Sequence[str], group_lasso: float) -> None:
+    """Refuses a ``toward`` that is none, or that another argument contradicts."""
+    check_toward(toward, "param_groups: ")
+    if toward == "zero" and new:
+        raise ValueError(
+            f"param_groups: new is {new!r} with toward='zero': all weights are pulled towards zero "
+            "then; it needs toward='start'"
+        )
+    if toward == "start" and group_lasso > 0:
+        raise ValueError(
+            f"param_groups: group_lasso is {group_lasso} with toward='start': the group lasso "
+            "pulls towards zero only"
+        )
 
 
 class _Patterns:
@@ -157,10 +191,14 @@ class _Patterns:
         self._argument = argument
         self._patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         self._unmatched = set(self._patterns)
+        self.matched: set[str] = set()
+        """The names that a pattern has matched."""
 
     def match(self, name: str) -> bool:
         matching = [pattern for pattern in self._patterns if fnmatchcase(name, pattern)]
         self._unmatched.difference_update(matching)
+        if matching:
+            self.matched.add(name)
         return bool(matching)
 
     def check_all_matched(self) -> None:

@@ -58,6 +58,12 @@ def save_patch(
             it is named, and nothing is written.
         OSError: the file can't be written.
         ImportError: safetensors isn't installed.
+
+    Example:
+        >>> start = {"weight": torch.zeros(4), "bias": torch.ones(2)}
+        >>> tuned = {"weight": torch.zeros(4), "bias": torch.tensor([1.0, 2.0])}
+        >>> save_patch("tuned.patch", tuned, start).changed
+        1
     """
     from safetensors.torch import save_file
 
@@ -111,6 +117,12 @@ def apply_patch(start: nn.Module | _State, file: str | os.PathLike[str]) -> dict
             doesn't fit.
         OSError: it can't be read.
         ImportError: safetensors isn't installed.
+
+    Example:
+        >>> start, tuned = {"bias": torch.ones(2)}, {"bias": torch.tensor([1.0, 2.0])}
+        >>> size = save_patch("tuned.patch", tuned, start)
+        >>> apply_patch(start, "tuned.patch")["bias"]
+        tensor([1., 2.])
     """
     path = _regular(file, "apply_patch")
     with path.open("rb"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checkpoints, eager_step, group_checks
+from . import checkpoints, eager_step, group_checks, row_groups
 from .backends import native
 from .options import Options
 from .regroup import regrouped
@@ -26,6 +26,7 @@ class ProxSGD(Optimizer):
 
     .. math:: F(w) = f(w) + l_1 \lVert w \rVert_1
               + \tfrac12\, \text{weight\_decay}\, \lVert w \rVert_2^2
+              + \text{group\_lasso} \sum_g a_g \lVert w_g \rVert_2
 
     where f is the loss whose gradients it is given. One step of one element, with
     k = (1 - dampening) / (1 - momentum), or 1 without momentum:
@@ -37,6 +38,7 @@ class ProxSGD(Optimizer):
         s = d + momentum * m                     nesterov; else s = m; s = d without momentum
         v = p - lr * s
         p = sign(v) * max(|v| - lr * l1 * k, 0)
+        p = p * max(1 - lr * group_lasso * a_g * k / norm(p_g), 0)      rows of a set only
         p = p / (1 + lr * weight_decay * k)      l2_mode="proximal" only
 
     With ``l1=0`` it is ``torch.optim.SGD``, bit for bit in float32 and float64 (its
@@ -68,6 +70,14 @@ class ProxSGD(Optimizer):
         l2_mode: ``"coupled"`` adds weight_decay * p to the gradient, as SGD does; ``"proximal"``
             divides by 1 + lr * weight_decay * k after the shrinkage, the elastic net's proximal map
             in closed form (default: ``"coupled"``).
+        group_lasso: coefficient of the group lasso, >= 0 (default: 0). Applies to groups that have
+            ``rows`` beside ``params``, an integer or None for each parameter: row i of all
+            parameters with one integer, in whichever groups, is one group g of F. ``row_weights``
+            has their a_g: None for √(elements), a number, or one for each row; equal in a set.
+            See :func:`resnet_reg_ext.param_groups`. Parameters of a set need one first dimension,
+            device, lr, momentum, dampening and group_lasso, equal dtypes, and all or none of them a
+            gradient; ``toward`` must be ``"zero"``. On a CUDA device they take pure PyTorch, and
+            ``fused=True`` raises.
         maximize: ascend f instead of descending it (default: False).
         fused: None takes the native kernel, one pass over memory, for every tensor that it can take
             and pure PyTorch for the others; True raises where it can't; False always takes pure
@@ -115,7 +125,8 @@ class ProxSGD(Optimizer):
     Inside ``torch.compile`` a step is one operator. As with ``torch.optim.SGD``, a float option
     that changes makes it compile anew; make ``lr`` or ``l1`` a tensor where a schedule moves it. Of
     DTensors (FSDP2, tensor parallelism) each process steps its own shard; a gradient with other
-    placements than its parameter is redistributed.
+    placements than its parameter is redistributed. Groups with ``rows`` step outside the compiled
+    graph, and their DTensors must be divided by rows, as FSDP2 does.
 
     References:
         Combettes and Wajs, *Signal recovery by proximal forward-backward splitting*, 2005, eq. 3.6;
@@ -138,6 +149,7 @@ class ProxSGD(Optimizer):
         *,
         l1: float | Tensor = 1e-5,
         l2_mode: str = "coupled",
+        group_lasso: float | Tensor = 0.0,
         maximize: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
@@ -156,6 +168,9 @@ class ProxSGD(Optimizer):
             "nesterov": nesterov,
             "l1": l1,
             "l2_mode": l2_mode,
+            "group_lasso": group_lasso,
+            "rows": None,
+            "row_weights": None,
             "maximize": maximize,
             "fused": fused,
             "frozen_zeros": False,
@@ -166,10 +181,12 @@ class ProxSGD(Optimizer):
             "toward": toward,
         }
         Options.from_group(defaults, "ProxSGD: ")
+        row_groups.check_group(defaults, "ProxSGD: ")
         self._constructing = True
         super().__init__(params, defaults)
         del self._constructing
         group_checks.check_memory(self.param_groups)
+        row_groups.check_used(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, checked first.
@@ -186,11 +203,14 @@ class ProxSGD(Optimizer):
         group = {**self.defaults, **param_group}
         where = f"ProxSGD: param_groups[{index}]: "
         Options.from_group(group, where)
+        row_groups.check_group(group, where)
         if group["fused"] and not native.available():
             raise RuntimeError(f"{where}fused=True, but {native.missing}")
         super().add_param_group(group_checks.with_names_apart(param_group))
         try:
-            group_checks.check_params(self.param_groups[-1], index)
+            group = self.param_groups[-1]
+            group_checks.check_params(group, index)
+            row_groups.check_group(group, where, len(group["params"]))
             if "_constructing" not in self.__dict__:  # else once, of all groups together
                 group_checks.check_memory(self.param_groups)
         except ValueError:
@@ -210,7 +230,9 @@ class ProxSGD(Optimizer):
             checkpoints.complete_options(
                 group, defaults, live[index] if index < len(live) else None
             )
-            Options.from_group(group, f"ProxSGD: param_groups[{index}]: ")
+            where = f"ProxSGD: param_groups[{index}]: "
+            Options.from_group(group, where)
+            row_groups.check_group(group, where, len(group["params"]))
             checkpoints.check_state_of(group, index, new["state"])
             if checkpoint is not None:
                 saved_ids = checkpoint["param_groups"][index]["params"]
@@ -259,9 +281,10 @@ class ProxSGD(Optimizer):
 
         The weights that L1 has left are trained on without its bias: it no longer reduces their
         magnitudes, and the zeros stay. (Known as debiasing or refitting on the support.) Applies
-        to the groups whose ``l1`` is above 0, or was before a schedule took it to 0; it sets their
-        option ``frozen_zeros``, which a checkpoint holds, and leaves ``l1`` as it is. With
-        ``toward="start"`` weights that are at their start stay there.
+        to the groups whose ``l1`` or ``group_lasso`` is above 0, or was before a schedule took it
+        to 0; it sets their option ``frozen_zeros``, which a checkpoint holds, and leaves ``l1`` and
+        ``group_lasso`` as they are. With ``toward="start"`` weights that are at their start stay
+        there.
 
         Args:
             freeze: False ends it, in all groups.
@@ -269,11 +292,15 @@ class ProxSGD(Optimizer):
         Raises:
             ValueError: there is no such group.
         """
-        groups = [group for group in self.param_groups if not freeze or has_l1(group)]
+        groups = [
+            group
+            for group in self.param_groups
+            if not freeze or has_l1(group) or row_groups.has_group_lasso(group)
+        ]
         if not groups:
             raise ValueError(
-                "ProxSGD: freeze_zeros: no parameter group has an l1 above 0; set frozen_zeros in "
-                "the groups that are meant"
+                "ProxSGD: freeze_zeros: no parameter group has an l1 or a group_lasso above 0; set "
+                "frozen_zeros in the groups that are meant"
             )
         for group in groups:
             group["frozen_zeros"] = freeze

@@ -167,6 +167,56 @@ def step(
         return rounded(v, dtype), m
 
 
+def square_sums(rows):
+    """The sum of squares of each row of an array, in float64, in the pinned order."""
+    total = np.zeros(len(rows))
+    for begin in range(0, rows.shape[1], 512):
+        segment = rows[:, begin : begin + 512].astype(np.float64)
+        lanes = np.zeros((len(rows), 16))
+        for i in range(0, segment.shape[1], 16):
+            part = segment[:, i : i + 16]
+            lanes[:, : part.shape[1]] += part * part
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = lanes[:, :half] + lanes[:, half:]
+        total += lanes[:, 0]
+    return total
+
+
+def row_step(members, weights, *, group_lasso):
+    """One step of a set of coupled rows, with frozen zeros nowhere.
+
+    ``members``: for each parameter its p, g and m as for :func:`step`, its dtype, and its options;
+    the arrays are of (rows, elements of a row in memory order). ``weights``: a_g of each row.
+    Returns the new p and m of each.
+    """
+    moved, total = [], np.zeros(len(weights))
+    with np.errstate(all="ignore"):
+        for p, g, m, dtype, options in members:
+            proximal = options.get("l2_mode") == "proximal"
+            wide = "float64" if dtype == "float64" else "float32"
+            of_step = {**options, "momentum_dtype": options.get("momentum_dtype") or dtype}
+            if proximal:
+                of_step["weight_decay"] = 0.0
+            u, m = step(p, g, m, wide, **of_step)
+            moved.append((u, m))
+            total = total + square_sums(u)
+        norms = np.sqrt(total)
+        result = []
+        for (u, m), (_, _, _, dtype, options) in zip(moved, members, strict=True):
+            momentum, lr = options.get("momentum", 0.0), options["lr"]
+            k = (1 - options.get("dampening", 0.0)) / (1 - momentum) if momentum != 0 else 1.0
+            t = lr * (group_lasso * k) * np.asarray(weights, np.float64)
+            c = compute_type(dtype)
+            factors = (1 - t / norms).astype(c)
+            new = np.where((norms <= t)[:, None], c(0), u * factors[:, None])
+            new = np.where((t == 0)[:, None], u, new)
+            if options.get("l2_mode") == "proximal":
+                new = new * c(1 / (1 + lr * (options.get("weight_decay", 0.0) * k)))
+            result.append((rounded(new.astype(c), dtype), m))
+    return result
+
+
 def values(tensor):
     """A tensor's values as an array of the compute type."""
     tensor = tensor.detach().cpu()

@@ -42,6 +42,41 @@ def prepare(
         RuntimeError: ``fused=True`` and a parameter can't go to the native kernels, or a graph is
             being captured that may not hold the step.
     """
+    check_may_run(bucket, fused, capturable)
+    shards = bucket
+    if dtensor.has_dtensors(bucket.params):
+        shards = dtensor.local_bucket(bucket)
+    ready = resolve_negation(shards)
+    if values:
+        # A number from the host may not travel through device memory: a captured graph would read
+        # the freed memory of the copy.
+        on_host, values = values.split()
+        known = read_values(on_host, options, bucket, "")
+        if isinstance(known, Skip):
+            return known
+        options = known
+    if may_be_native(fused):
+        run = _prepare_native(ready, options, fused, values)
+    else:
+        why = "the step runs on the host or in pure PyTorch"
+        known = read_values(values, options, ready, why)
+        refuse_stray_dtensors(ready)
+        run = known if isinstance(known, Skip) else pure.prepare(ready, known)
+    if isinstance(run, Skip) or shards is bucket:
+        return run
+    if isinstance(run, native.NativeRun):
+        run.written += bucket.written()
+        return run
+    return partial(_run_on_shards, run, bucket)
+
+
+def check_may_run(bucket: Bucket, fused: bool | None, capturable: bool) -> None:
+    """Refuses a bucket whatever its tensors are; arguments as for :func:`prepare`.
+
+    Raises:
+        RuntimeError: there is no native core for ``fused=True``, or a graph is being captured that
+            may not hold the step.
+    """
     if not capturable and is_capturing() and any(p.is_cuda for p in bucket.params):
         raise RuntimeError(
             f"{bucket.name(0)}: a CUDA graph is being captured, which would repeat the step with "
@@ -52,31 +87,6 @@ def prepare(
             f"{bucket.name(0)}: fused=True, but {native.missing}; fused=None takes pure PyTorch "
             "instead"
         )
-    shards = bucket
-    if dtensor.has_dtensors(bucket.params):
-        shards = dtensor.local_bucket(bucket)
-    ready = _resolve_negation(shards)
-    if values:
-        # A number from the host may not travel through device memory: a captured graph would read
-        # the freed memory of the copy.
-        on_host, values = values.split()
-        known = on_host.read_into(options, partial(bucket.name, 0), "")
-        if isinstance(known, Skip):
-            return known
-        options = known
-    if may_be_native(fused):
-        run = _prepare_native(ready, options, fused, values)
-    else:
-        why = "the step runs on the host or in pure PyTorch"
-        known = _read_values(values, options, ready, why)
-        _refuse_stray_dtensors(ready)
-        run = known if isinstance(known, Skip) else pure.prepare(ready, known)
-    if isinstance(run, Skip) or shards is bucket:
-        return run
-    if isinstance(run, native.NativeRun):
-        run.written += bucket.written()
-        return run
-    return partial(_run_on_shards, run, bucket)
 
 
 def run_all(runs: Sequence[Run]) -> None:
@@ -97,7 +107,7 @@ def may_be_native(fused: bool | None) -> bool:
 _dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
-def _resolve_negation(bucket: Bucket) -> Bucket:
+def resolve_negation(bucket: Bucket) -> Bucket:
     """Resolves lazily negated gradients.
 
     DLPack doesn't tell of lazy negation, and torch's copies to another dtype may forget it.
@@ -108,7 +118,7 @@ def _resolve_negation(bucket: Bucket) -> Bucket:
     return bucket
 
 
-def _refuse_stray_dtensors(bucket: Bucket) -> None:
+def refuse_stray_dtensors(bucket: Bucket) -> None:
     """Refuses a gradient or state that is a DTensor where the parameter is an ordinary tensor."""
     if dtensor.has_dtensors(*bucket.lists()):
         dtensor.local_bucket(bucket)
@@ -130,7 +140,7 @@ def _prepare_native(
             why = "it is a parameter's first step: take one before the capture"
     if why:
         at = misfits[0].index if misfits else 0
-        known = _read_values(values, options, bucket, why, at)
+        known = read_values(values, options, bucket, why, at)
         if isinstance(known, Skip):
             return known
         options, values = known, None
@@ -139,9 +149,10 @@ def _prepare_native(
     return _prepare_split(bucket, options, fused, misfits)
 
 
-def _read_values(
+def read_values(
     values: DeviceValues | None, options: Options, bucket: Bucket, why: str, at: int = 0
 ) -> Options | Skip:
+    """The options with what is in a device's memory, for which the host waits; see DeviceValues."""
     if not values:
         return options
     return values.read_into(options, partial(bucket.name, at), why)
@@ -151,7 +162,7 @@ def _prepare_split(
     bucket: Bucket, options: Options, fused: bool | None, misfits: Sequence[Any]
 ) -> Run:
     """A step in which some parameters are laid out anew, and some go to pure PyTorch."""
-    _refuse_stray_dtensors(bucket)
+    refuse_stray_dtensors(bucket)
     to_pure: list[int] = []
     to_lay_out: list[int] = []
     for misfit in misfits:
@@ -159,11 +170,11 @@ def _prepare_split(
         if misfit.layout_only:
             to_lay_out.append(misfit.index)
         else:
-            _check_may_be_pure(bucket, fused, misfit)
+            check_may_be_pure(bucket, fused, misfit)
             to_pure.append(misfit.index)
     taken = set(to_pure)
     to_native = [i for i in range(len(bucket.params)) if i not in taken]
-    laid_out = _lay_out(bucket, to_lay_out)
+    laid_out = lay_out(bucket, to_lay_out)
     runs: list[Run] = []
     if to_native:
         part = laid_out.pick(to_native)
@@ -179,17 +190,20 @@ def _prepare_split(
     def run() -> None:
         for part in runs:
             part()
-        for originals, copies in zip(bucket.written(), laid_out.written(), strict=True):
-            for i in to_lay_out:
-                if copies[i] is not originals[i]:
-                    originals[i].copy_(copies[i])
+        copy_back(bucket, laid_out, to_lay_out)
         if bucket.num_zeros is not None:
             pure.count_zeros_into(bucket.num_zeros, bucket)
 
     return run
 
 
-def _check_may_be_pure(bucket: Bucket, fused: bool | None, misfit: Any) -> None:
+def check_may_be_pure(bucket: Bucket, fused: bool | None, misfit: Any) -> None:
+    """Refuses to give a parameter to pure PyTorch where it may not go there; else may warn.
+
+    Raises:
+        RuntimeError: ``fused=True``.
+        ValueError: it shares memory with another parameter.
+    """
     device = bucket.params[misfit.index].device
     if misfit.shared:
         raise ValueError(
@@ -205,7 +219,7 @@ def _check_may_be_pure(bucket: Bucket, fused: bool | None, misfit: Any) -> None:
         native.warn_unusable_cuda(device)
 
 
-def _lay_out(bucket: Bucket, indices: Sequence[int]) -> Bucket:
+def lay_out(bucket: Bucket, indices: Sequence[int]) -> Bucket:
     """Gives some parameters' gradients and state copies in the parameter's memory layout."""
 
     def changed(tensors: list[Tensor]) -> list[Tensor]:
@@ -215,6 +229,14 @@ def _lay_out(bucket: Bucket, indices: Sequence[int]) -> Bucket:
         return result
 
     return bucket.map(changed)
+
+
+def copy_back(bucket: Bucket, laid_out: Bucket, indices: Sequence[int]) -> None:
+    """Copies what a step has written from :func:`lay_out`'s copies."""
+    for originals, copies in zip(bucket.written(), laid_out.written(), strict=True):
+        for i in indices:
+            if copies[i] is not originals[i]:
+                originals[i].copy_(copies[i])
 
 
 def _in_layout_of(param: Tensor, tensor: Tensor) -> Tensor:

@@ -75,6 +75,36 @@ def local_bucket(bucket: Bucket) -> Bucket:
     return bucket.replace(grads=grads).map(lambda tensors: _local_shards(tensors, dtensor))
 
 
+def local_rows(params: Sequence[Any], names: Sequence[str]) -> tuple[int, int]:
+    """Which rows of DTensors with coupled rows are this process's: the first, and how many.
+
+    Raises:
+        ValueError: a parameter isn't divided by rows, or not as the others are, so a process would
+            hold parts of a row, or rows without those that they are coupled with.
+    """
+    dtensor = _dtensor_type()
+    first = params[0]
+    for param, name in zip(params, names, strict=True):
+        if isinstance(param, dtensor) is not isinstance(first, dtensor):
+            raise ValueError(
+                f"{name}: must be a DTensor like the other parameters that its rows are coupled "
+                "with, or none of them must be one"
+            )
+        by_rows = all(p.is_replicate() or p.is_shard(0) for p in param.placements)
+        alike = param.placements == first.placements and param.device_mesh == first.device_mesh
+        if not by_rows or not alike:
+            raise ValueError(
+                f"{name}: its placements are {param.placements}: must divide nothing but "
+                "dimension 0, and be those of the other parameters that its rows are coupled with"
+            )
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        first.shape, first.device_mesh, first.placements
+    )
+    return int(offset[0]), int(shape[0])
+
+
 def _local_shards(tensors: Sequence[Any], dtensor: Any) -> list[Tensor]:
     parts = [t._local_tensor if isinstance(t, dtensor) else t for t in tensors]
     # Where a collective is under way, its result must be waited for.

@@ -22,6 +22,7 @@ from ..options import Options
 from . import openmp
 from .bucket import Bucket, Run
 from .device_values import NUMBER_DTYPES, DeviceValues
+from .row_sets import Part, RowSet
 
 _C: Any = None
 missing = ""
@@ -173,6 +174,29 @@ def _addresses(values: DeviceValues) -> Any:
     given = {key: value for key, value in values._asdict().items() if value is not None}
     dtypes = {f"{key}_dtype": _DTYPE[given[key].dtype] for key in ("lr", "l1") if key in given}
     return _C.DeviceValues(**{key: value.data_ptr() for key, value in given.items()}, **dtypes)
+
+
+def prepare_rows(readings: Sequence[Any], parts: Sequence[Part], sets: Sequence[RowSet]) -> Run:
+    """The step of sets of coupled rows, on a CPU, whose parts were read without misfits."""
+    options = [
+        _C.Options(**vars(part.options), first_step=part.bucket.first_step) for part in parts
+    ]
+    thresholds = [one.thresholds(parts[one.members[0][0]].options) for one in sets]
+    described = [
+        (list(one.members), one.rows, of_set.data_ptr())
+        for one, of_set in zip(sets, thresholds, strict=True)
+    ]
+    plan = _C.RowPlan(list(readings), options, described)
+
+    def run() -> None:
+        assert len(thresholds) == len(sets)  # keeps them alive
+        for part in parts:
+            for tensors in part.bucket.written():
+                if tensors:
+                    torch.autograd.graph.increment_version(tensors)
+        _C.prox_sgd_rows_(plan, torch.get_num_threads())
+
+    return run
 
 
 _warned: set[str] = set()

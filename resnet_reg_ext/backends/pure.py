@@ -19,7 +19,7 @@ from .pure_start import clear_nan_, clear_nan_lists_, pull_towards, where_, wher
 from .workspace import CHUNK, Workspace
 
 
-class _Coefficients(NamedTuple):
+class Coefficients(NamedTuple):
     """The numbers that the update multiplies and compares with, for one compute dtype."""
 
     grad_factor: float
@@ -35,7 +35,9 @@ class _Coefficients(NamedTuple):
     frozen_zeros: bool
 
     @classmethod
-    def of(cls, options: Options, dtype: torch.dtype) -> _Coefficients:
+    def of(cls, options: Options, dtype: torch.dtype) -> Coefficients:
+        """The coefficients of checked options."""
+
         def rounded(value: float) -> float:
             return value if dtype is torch.float64 else to_float32(value)
 
@@ -53,12 +55,12 @@ class _Coefficients(NamedTuple):
         )
 
 
-def _update_values(
+def update_values(
     ops: SimpleNamespace,
     p: Any,
     g: Any,
     m: Any,
-    c: _Coefficients,
+    c: Coefficients,
     first_step: bool,
     start: Any = None,
     scratch: Tensor | None = None,
@@ -66,7 +68,7 @@ def _update_values(
 ) -> None:
     """The update in the compute dtype, in place. ``add(alpha=)`` rounds once: it is an fma.
 
-    With ``_SINGLE``, p, g, m and start are tensors, and ``scratch`` and ``distance`` take
+    With ``SINGLE``, p, g, m and start are tensors, and ``scratch`` and ``distance`` take
     intermediate values; with ``_FOREACH`` they are lists of tensors, and memory is allocated for
     those. ``start`` is None where the penalties pull towards zero.
     """
@@ -110,7 +112,7 @@ def _masked_fill_lists_(tensors: list[Tensor], masks: list[Tensor], value: float
         tensor.masked_fill_(mask, value)
 
 
-_SINGLE = SimpleNamespace(
+SINGLE = SimpleNamespace(
     neg=torch.neg,
     mul=torch.mul,
     add=torch.add,
@@ -156,20 +158,27 @@ def prepare(bucket: Bucket, options: Options) -> Run:
     """
     for i in range(len(bucket.params)):
         check_operands(*bucket.operands(i), partial(bucket.name, i))
-    plain = bucket.map(lambda tensors: [_without_subclass(t) for t in tensors])
-    # With an operand whose strides are 0, torch rounds twice in add(alpha=).
-    plain.grads = [
-        g.clone(memory_format=torch.contiguous_format) if overlaps_itself(g) else g
-        for g in plain.grads
-    ]
-    odd = [
-        i
-        for i in range(len(plain.params))
-        if not all(t is None or _is_plain(t) for t in plain.operands(i))
-    ]
+    bucket = plain(bucket)
+    odd = [i for i in range(len(bucket.params)) if is_odd(bucket, i)]
     if not odd:
-        return partial(_update_, plain, options)
-    return _prepare_with_odd(plain, options, odd)
+        return partial(_update_, bucket, options)
+    return _prepare_with_odd(bucket, options, odd)
+
+
+def plain(bucket: Bucket) -> Bucket:
+    """The bucket without subclasses that only rename, and without gradients of stride 0."""
+    result = bucket.map(lambda tensors: [_without_subclass(t) for t in tensors])
+    # With an operand whose strides are 0, torch rounds twice in add(alpha=).
+    result.grads = [
+        g.clone(memory_format=torch.contiguous_format) if overlaps_itself(g) else g
+        for g in result.grads
+    ]
+    return result
+
+
+def is_odd(bucket: Bucket, i: int) -> bool:
+    """Whether an operation on one of a parameter's tensors may raise, or run anyone's code."""
+    return not all(t is None or _is_plain(t) for t in bucket.operands(i))
 
 
 def _without_subclass(tensor: Tensor) -> Tensor:
@@ -221,7 +230,7 @@ def _prepare_with_odd(bucket: Bucket, options: Options, odd: list[int]) -> Run:
 def _update_(bucket: Bucket, options: Options) -> None:
     """Updates a bucket: large tensors on a CPU in chunks, the others by operations on lists."""
     workspace = Workspace()
-    coefficients: dict[torch.dtype, _Coefficients] = {}
+    coefficients: dict[torch.dtype, Coefficients] = {}
     together: list[int] = []
     elements = 0
     for i, param in enumerate(bucket.params):
@@ -229,7 +238,7 @@ def _update_(bucket: Bucket, options: Options) -> None:
         if param.is_cpu and size > _SMALL:
             dtype = COMPUTE_DTYPE[param.dtype]
             if dtype not in coefficients:
-                coefficients[dtype] = _Coefficients.of(options, dtype)
+                coefficients[dtype] = Coefficients.of(options, dtype)
             for chunk in _chunks(*bucket.operands(i)):
                 _update_chunk_(chunk, coefficients[dtype], dtype, bucket.first_step, workspace)
             continue
@@ -246,7 +255,7 @@ def _update_(bucket: Bucket, options: Options) -> None:
 
 def _update_chunk_(
     operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
-    c: _Coefficients,
+    c: Coefficients,
     dtype: torch.dtype,
     first_step: bool,
     workspace: Workspace,
@@ -262,11 +271,11 @@ def _update_chunk_(
     m = None if momentum_buffer is None else workspace.widened("m", momentum_buffer, dtype)
     scratch = workspace.like("scratch", p, dtype)
     if start is None:
-        _update_values(_SINGLE, p, g, m, c, first_step, scratch=scratch)
+        update_values(SINGLE, p, g, m, c, first_step, scratch=scratch)
     else:
         w = workspace.widened("start", start, dtype)
         distance = workspace.like("distance", p, dtype)
-        _update_values(_SINGLE, p, g, m, c, first_step, w, scratch, distance)
+        update_values(SINGLE, p, g, m, c, first_step, w, scratch, distance)
     if p is not weight:
         weight.copy_(p)
     if momentum_buffer is not None and m is not None and m is not momentum_buffer:
@@ -288,8 +297,8 @@ def _update_lists_(bucket: Bucket, options: Options) -> None:
             [t if t.dtype is dtype else t.to(dtype) for t in tensors]
             for tensors in (weights, momentum_buffers, part.grads, part.starts or [])
         )
-        c = _Coefficients.of(options, dtype)
-        _update_values(_FOREACH, p, g, m, c, part.first_step, start or None)
+        c = Coefficients.of(options, dtype)
+        update_values(_FOREACH, p, g, m, c, part.first_step, start or None)
         stored = [(weights, p), (momentum_buffers, m)]
         if part.master_params is not None:
             stored.append((part.params, p))

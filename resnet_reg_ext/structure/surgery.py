@@ -217,7 +217,9 @@ def plan_optimizer(
         )
     names: dict[Tensor, str] = {p: name for name, p in old.named_parameters()}
     successors: dict[str, Tensor] = dict(new.named_parameters())
-    groups = [_group_without(group, names, successors) for group in optimizer.param_groups]
+    groups = [
+        _group_without(group, names, successors, positions) for group in optimizer.param_groups
+    ]
     if not any(p in names for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("optimizer has none of the model's parameters: must be the model's own")
     state: list[tuple[Any, Any]] = []
@@ -239,21 +241,39 @@ def plan_optimizer(
 
 
 def _group_without(
-    group: dict[str, Any], names: Mapping[Tensor, str], successors: Mapping[str, Tensor]
+    group: dict[str, Any],
+    names: Mapping[Tensor, str],
+    successors: Mapping[str, Tensor],
+    positions: Positions,
 ) -> dict[str, list[Any]]:
     """The group's lists that have an entry for each parameter, without those that are gone."""
     stays = [p not in names or names[p] in successors for p in group["params"]]
     lists: dict[str, list[Any]] = {
         key: [value for value, stay in zip(group[key], stays, strict=True) if stay]
-        for key in ("param_names", "rows")
+        for key in ("param_names", "rows", "row_weights")
         if isinstance(group.get(key), list) and len(group[key]) == len(stays)
     }
+    if "row_weights" in lists:
+        remaining = [p for p, stay in zip(group["params"], stays, strict=True) if stay]
+        lists["row_weights"] = [
+            _weights_of_rows(weights, positions.get(names.get(p, ""), {}))
+            for weights, p in zip(lists["row_weights"], remaining, strict=True)
+        ]
     lists["params"] = [
         successors[names[p]] if p in names else p
         for p, stay in zip(group["params"], stays, strict=True)
         if stay
     ]
     return lists
+
+
+def _weights_of_rows(weights: Any, kept: Mapping[int, Tensor]) -> Any:
+    """The group lasso's weights, one for each row or one for all, of the rows that stay."""
+    if 0 not in kept or not isinstance(weights, (list, tuple, Tensor)):
+        return weights
+    if isinstance(weights, Tensor):
+        return weights[kept[0].to(weights.device)]
+    return [weights[i] for i in kept[0].tolist()]
 
 
 def _take_state(name: str, parameter: Tensor, state: Any, positions: Positions) -> Any:

@@ -1,6 +1,7 @@
 // Prints a hash of the CPU kernel's results, counted zeros included, for pseudo-random tensors of
-// every storage under 128 sets of options. Built for two architectures, it must print the same
-// twice: see `make test-aarch64`. Fails if threads treat subnormals differently from their caller.
+// every storage under 128 sets of options, and of coupled rows under 32. Built for two
+// architectures, it must print the same twice: see `make test-aarch64`. Fails if threads treat
+// subnormals differently from their caller.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "../../csrc/prox_sgd.h"
+#include "../../csrc/rows.h"
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
@@ -145,6 +147,43 @@ int main() {
       take_all(stored.param, p);
       take_all(stored.momentum_buffer, m);
       take_all(DType::float32, w);
+      take(static_cast<uint64_t>(num_zeros));
+    }
+    for (int set = 0; set < 32; ++set) {  // coupled rows: two parameters, one of them a norm's
+      constexpr int64_t kRows = 37;
+      RowSet coupled{{}, stored.storage, kRows, nullptr};
+      std::vector<double> thresholds(kRows);
+      for (double& t : thresholds) t = static_cast<double>(random() % 100) / 50;
+      coupled.thresholds = thresholds.data();
+      std::vector<std::vector<unsigned char>> arrays;
+      arrays.reserve(8);
+      int64_t num_zeros = 0;
+      for (const int64_t row : {int64_t{1} + 41 * set, int64_t{1}}) {
+        const int64_t numel = kRows * row;
+        const auto drawn = [&](DType dtype, int64_t size) {
+          arrays.push_back(draw(dtype, size, random));
+          return arrays.back().data();
+        };
+        void* const p = drawn(stored.param, numel);
+        const void* const g = drawn(stored.param, numel);
+        void* const m = drawn(stored.momentum_buffer, numel);
+        void* const w = stored.master ? drawn(DType::float32, numel) : nullptr;
+        coupled.members.push_back({{p, g, m, w, numel, &num_zeros}, row, 0});
+      }
+      Options options = plain_options(0.1);
+      options.momentum = set & 1 ? 0.9 : 0.0;
+      options.l1 = set & 2 ? 0.05 : 0.0;
+      options.weight_decay = 0.01;
+      options.proximal = (set & 4) != 0;
+      options.nesterov = (set & 9) == 9;
+      cpu::prox_sgd_rows({coupled}, {options}, 2);
+      size_t at = 0;
+      for (int member = 0; member < 2; ++member) {
+        take_all(stored.param, arrays[at]);
+        take_all(stored.momentum_buffer, arrays[at + 2]);
+        if (stored.master) take_all(DType::float32, arrays[at + 3]);
+        at += stored.master ? 4 : 3;
+      }
       take(static_cast<uint64_t>(num_zeros));
     }
   }

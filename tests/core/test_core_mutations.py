@@ -1,4 +1,4 @@
-"""Bugs planted in the CPU core and its reader must each be caught by test_native_lists.py.
+"""Bugs planted in the CPU core and its reader must each be caught by a test of the core alone.
 
 A mutant is a copy of csrc/ with one small edit, built into a package that holds the core alone.
 """
@@ -18,7 +18,7 @@ import pytest
 from resnet_reg_ext import _C
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = Path(__file__).with_name("test_native_lists.py")
+TESTS = [Path(__file__).with_name(f"test_native_{name}.py") for name in ("lists", "rows")]
 
 pytestmark = [
     pytest.mark.one_torch,
@@ -35,6 +35,7 @@ class Mutant(NamedTuple):
 
 
 LISTS, VIEW, LAUNCH = "tensor_lists.cpp", "tensor_view.cpp", "cpu/launch.cpp"
+THREADS, ROWS, ROW_LAUNCH = "cpu/threads.h", "cpu/rows.cpp", "cpu/row_launch.cpp"
 MUTANTS = [
     Mutant(
         "counters begin anew", LISTS, "num_zeros + i;", "num_zeros + i % 128;", "count_of_zeros"
@@ -67,12 +68,12 @@ MUTANTS = [
     Mutant(
         "number of threads dropped",
         LAUNCH,
-        "threads = static_cast<int>(std::min<int64_t>(threads, worthwhile));",
+        "threads = worthwhile_threads(threads, plan.chunks(), elements);",
         "threads = 1;",
         "threads_that_it_may",
     ),
-    Mutant("threads keep the caller's mode", LAUNCH, "      own.apply();\n", "", "their_own_mode"),
-    Mutant("callers' mode ignored", LAUNCH, "      callers.apply();\n", "", "their_own_mode"),
+    Mutant("threads keep the caller's mode", THREADS, "      own.apply();\n", "", "their_own_mode"),
+    Mutant("callers' mode ignored", THREADS, "      callers.apply();\n", "", "their_own_mode"),
     Mutant(
         "float16 by the current rounding mode",
         "cpu/avx2.h",
@@ -118,6 +119,74 @@ MUTANTS = [
         "const py::object& threads,",
         "no_python_runs",
     ),
+    Mutant(
+        "lanes added in pairs",
+        ROWS,
+        "(of[0] + of[2]) + (of[1] + of[3])",
+        "(of[0] + of[1]) + (of[2] + of[3])",
+        "bits_of_the_reference",
+    ),
+    Mutant("segments of 256", ROWS, "kSegment = 512", "kSegment = 256", "bits_of_the_reference"),
+    Mutant(
+        "ridge multiplied into the factor",
+        ROWS,
+        "prox_sgd::mul_(prox_sgd::mul_(w[i], factor), r)",
+        "prox_sgd::mul_(w[i], prox_sgd::mul_(factor, r))",
+        "bits_of_the_reference",
+    ),
+    Mutant(
+        "zero groups not counted", ROWS, "if (counts) {", "if (counts && factor != C(0)) {", "zeros"
+    ),
+    Mutant("zeros by a product", ROWS, "if (factor == C(0)) {", "if (false) {", "at_its_threshold"),
+    Mutant(
+        "a NaN becomes zero",
+        ROW_LAUNCH,
+        "norm <= t ? 0.0 : 1.0 - t / norm",
+        "norm > t ? 1.0 - t / norm : 0.0",
+        "nan",
+    ),
+    Mutant(
+        "a threshold of 0 clears -0",
+        ROW_LAUNCH,
+        "if (t == 0.0) factor = 1.0;",
+        "",
+        "threshold_of_0",
+    ),
+    Mutant(
+        "the first piece's thresholds",
+        ROW_LAUNCH,
+        "set.thresholds + piece.begin",
+        "set.thresholds",
+        "bits_of_the_reference",
+    ),
+    Mutant(
+        "ridge in the update too",
+        ROW_LAUNCH,
+        "if (options.proximal) without_ridge.weight_decay = 0.0;",
+        "",
+        "bits_of_the_reference",
+    ),
+    Mutant(
+        "the first group's options",
+        ROW_LAUNCH,
+        "options[member.options]",
+        "options[0]",
+        "bits_of_the_reference",
+    ),
+    Mutant(
+        "storages not compared",
+        "row_bindings.cpp",
+        "place.batch->storage != set.storage || ",
+        "",
+        "unlike",
+    ),
+    Mutant(
+        "a batch's order for the list's",
+        LISTS,
+        "batch.indices.push_back(f.index);",
+        "batch.indices.push_back(static_cast<int64_t>(batch.indices.size()));",
+        "place_in_the_list",
+    ),
 ]
 
 
@@ -148,10 +217,11 @@ class Core:
     def failures(self, chosen: str = "") -> str:
         """What pytest prints of the chosen tests that fail."""
         command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
+        path = os.pathsep.join([str(self.package.parent), str(ROOT / "tests")])
         result = subprocess.run(
-            [*command, "-c", os.devnull, TESTS, "-k", chosen],
+            [*command, "-c", os.devnull, *TESTS, "-k", chosen],
             cwd=self.package,
-            env={**os.environ, "PYTHONPATH": str(self.package.parent), "PYTHONWARNINGS": "ignore"},
+            env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"},
             capture_output=True,
             text=True,
         )

@@ -683,6 +683,9 @@ def test_defaults_and_order_of_arguments():
         "nesterov": False,
         "l1": 1e-5,
         "l2_mode": "coupled",
+        "group_lasso": 0.0,
+        "rows": None,
+        "row_weights": None,
         "maximize": False,
         "fused": None,
         "frozen_zeros": False,
@@ -690,6 +693,7 @@ def test_defaults_and_order_of_arguments():
         "master_weights": False,
         "momentum_dtype": None,
         "track_sparsity": False,
+        "toward": "zero",
     }
     ours = ProxSGD([p], 0.1, 0.8, 0.0, 0.3, True).defaults  # as SGD's first five
     theirs = torch.optim.SGD([p], 0.1, 0.8, 0.0, 0.3, True).defaults

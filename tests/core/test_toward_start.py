@@ -183,7 +183,7 @@ def test_what_is_at_its_start_is_counted_and_frozen(fused):
     at_start = int((near == before[0]).sum())
     for counted in (optimizer.sparsity(), sparsity(optimizer)):
         assert [layer.zeros for layer in counted.layers] == [at_start, int((far == 0).sum())]
-        rows = str(counted).splitlines()
+        rows = counted.table().splitlines()
         assert rows[1].endswith("at their start")
         assert "start" not in rows[2]
     assert 0 < at_start < 400

@@ -84,6 +84,59 @@ def fsdp_towards_start():
     return outcome(model, optimizer), optimizer.sparsity().to_dict()
 
 
+COUPLED = {"lr": 0.1, "momentum": 0.9, "l1": 2e-3, "weight_decay": 1e-2, "group_lasso": 0.12}
+
+
+def coupled_groups(model):
+    """Weights and biases in groups of their own, rows of each layer but the last coupled.
+
+    Of 8 rows, each process has 4; the first set has a weight for each of its rows.
+    """
+    named = dict(model.named_parameters())
+    of_rows = [0.0, 1.0, 3.0, 4.0, 1.0, 5.0, 2.0, 9.0]
+    return [
+        {
+            "params": [named["0.weight"], named["2.weight"], named["4.weight"]],
+            "rows": [0, 1, None],
+            "row_weights": [of_rows, None, None],
+        },
+        {
+            "params": [named["0.bias"], named["2.bias"], named["4.bias"]],
+            "rows": [0, 1, None],
+            "l1": 0.0,
+            "weight_decay": 0.0,
+        },
+    ]
+
+
+def coupled(fused):
+    """Whole channels, which FSDP2 never cuts."""
+    model = sharded(torch.float32)
+    optimizer = ProxSGD(coupled_groups(model), **COUPLED, fused=fused)
+    train(model, optimizer)
+    return outcome(model, optimizer)
+
+
+def uncoupled(mesh):
+    """The words about a parameter that isn't divided by rows, or not as its set's others are."""
+    words = []
+    for first, second in ((Shard(1), Shard(0)), (Shard(0), Replicate()), (Shard(0), None)):
+        params = [
+            nn.Parameter(
+                VALUES.clone() if p is None else distribute_tensor(VALUES.clone(), mesh, [p])
+            )
+            for p in (first, second)
+        ]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer = ProxSGD([{"params": params, "rows": [0, 0]}], **COUPLED)
+        try:
+            optimizer.step()
+        except ValueError as error:
+            words.append(str(error))
+    return words
+
+
 # Model and optimizer of the checkpoints: what is float32 beside bfloat16 must stay so.
 SAVED = {
     "float32": (torch.float32, {}),
@@ -280,6 +333,9 @@ def main(folder: Path) -> None:
         "odd ones": odd_ones(mesh),
         "refusals": refusals(mesh),
         "tensor parallel": tensor_parallel(mesh),
+        "coupled": coupled(True),
+        "coupled, pure": coupled(False),
+        "uncoupled": uncoupled(mesh),
         "clipped": clipped(),
         "scaled": scaled(None),
         "scaled, fused": scaled(True),

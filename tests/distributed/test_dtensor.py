@@ -106,6 +106,25 @@ def test_fsdp_with_master_weights(processes):
         assert all(row["master_weight"].dtype is torch.float32 for row in found.values())
 
 
+@pytest.mark.parametrize("name", ["coupled", "coupled, pure"])
+def test_coupled_rows_give_the_bits_of_one_process(processes, name):
+    model = net()
+    optimizer = ProxSGD(dtensor_worker.coupled_groups(model), **dtensor_worker.COUPLED)
+    train(model, optimizer)
+    dead = [int((p.flatten(1) == 0).all(1).sum()) for p in (model[0].weight, model[2].weight)]
+    assert 0 < dead[0] < 8
+    for results in processes:
+        assert_same_outcome(results[name], model, optimizer)
+
+
+def test_coupled_rows_that_are_not_divided_alike_are_refused(processes):
+    for results in processes:
+        columns, unlike, plain = results["uncoupled"]
+        assert "placements are (Shard(dim=1),): must divide nothing but dimension 0" in columns
+        assert "placements are (Replicate(),): must divide" in unlike
+        assert "['params'][1]: must be a DTensor like the other parameters" in plain
+
+
 @pytest.mark.parametrize("kind", SAVED)
 def test_a_checkpoint_of_two_processes_goes_on_in_one(processes, folder, kind):
     dtype, options = SAVED[kind]

@@ -1,0 +1,113 @@
+"""Coupled rows: row i of every parameter of a set is one group of the group lasso."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..options import Options
+from .bucket import Bucket
+from .device_values import DeviceValues
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one bucket that belong to sets, with what their group says of the step."""
+
+    bucket: Bucket
+    options: Options
+    fused: bool | None
+    capturable: bool
+    values: DeviceValues
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """A set of coupled rows; nothing in it is 0 or empty but rows of other processes."""
+
+    members: tuple[tuple[int, int], ...]
+    """(part, index in the part's bucket), in the order in which squares are summed."""
+    rows: int
+    coefficient: float
+    """group_lasso."""
+    weights: float | Tensor
+    """a_g: one number, or float64 on the CPU, one for each row."""
+
+    def thresholds(self, options: Options) -> Tensor:
+        """Each row's t = (lr·(group_lasso·k))·a_g, in float64 in this order, on the CPU."""
+        base = options.lr * (self.coefficient * options.k)
+        if isinstance(self.weights, Tensor):
+            return self.weights * base
+        return torch.full((self.rows,), base * self.weights, dtype=torch.float64, device="cpu")
+
+
+def rows_contiguous(tensor: Tensor) -> bool:
+    """Whether each row of a dense tensor is one block of memory, row after row."""
+    rows = tensor.shape[0]
+    return tensor.is_contiguous() or rows == 1 or tensor.stride(0) == tensor.numel() // rows
+
+
+def uniform(parts: Sequence[Part]) -> bool:
+    """Whether all parameters of all parts are alike, so that each set's needn't be compared."""
+    kinds = {
+        (
+            *(getattr(part.options, name) for name in ("lr", "momentum", "dampening")),
+            frozenset(p.device for p in part.bucket.params),
+            *(
+                None if tensors is None else frozenset(t.dtype for t in tensors)
+                for tensors in (
+                    part.bucket.params,
+                    part.bucket.momentum_buffers,
+                    part.bucket.master_params,
+                )
+            ),
+        )
+        for part in parts
+    }
+    of_one = next(iter(kinds), ())
+    return len(kinds) == 1 and all(len(k) == 1 for k in of_one if isinstance(k, frozenset))
+
+
+def check_alike(one: RowSet, parts: Sequence[Part]) -> None:
+    """Refuses a set whose parameters can't be scaled together.
+
+    Raises:
+        ValueError: names two parameters and in what they differ.
+    """
+    kinds = [_kind(parts[p], i) for p, i in one.members]
+    for (p, i), kind in zip(one.members, kinds, strict=True):
+        if kind == kinds[0]:
+            continue
+        what = next(what for what in kind if kind[what] != kinds[0][what])
+        first_part, first = one.members[0]
+        other = parts[first_part].bucket.name(first).removeprefix("ProxSGD: ")
+        raise ValueError(
+            f"{parts[p].bucket.name(i)}: its {what} is {_in_words(kind[what])}, and that of "
+            f"{other} is {_in_words(kinds[0][what])}: must be equal, as their rows are coupled"
+        )
+
+
+def _kind(part: Part, i: int) -> dict[str, object]:
+    """What must be equal within a set."""
+    param, _, momentum_buffer, master, _ = part.bucket.operands(i)
+    return {
+        "device": param.device,
+        "storage": (
+            param.dtype,
+            None if momentum_buffer is None else momentum_buffer.dtype,
+            None if master is None else master.dtype,
+        ),
+        "lr": part.options.lr,
+        "momentum": part.options.momentum,
+        "dampening": part.options.dampening,
+    }
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, tuple):
+        kinds = zip(("parameter", "momentum buffer", "master weight"), value, strict=True)
+        return ", ".join(f"{kind} {dtype}" for kind, dtype in kinds if dtype is not None)
+    return str(value)

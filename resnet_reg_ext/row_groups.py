@@ -1,0 +1,290 @@
+"""What param groups say of the group lasso: coefficient, sets of coupled rows, and weights.
+
+A group's ``rows`` has an integer or None for each of its ``params``. Parameters with the same
+integer, in whichever groups they are, are a set: row i of all of them together is one group of the
+group lasso. ``row_weights`` has for each of the ``params`` None, a number, or one for each row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.bucket import Bucket
+from .backends.device_values import DeviceValues
+from .backends.row_sets import Part, RowSet
+from .options import Options, finite_and_not_negative, group_lasso_of
+from .state import parameter_name, parameter_place, towards_start
+
+Place = tuple[int, int]
+"""Index of a group, and of a parameter in it."""
+
+
+@dataclass(frozen=True)
+class ReadSet:
+    """A set as the groups describe it."""
+
+    members: list[tuple[Place, Tensor]]
+    coefficient: float
+    weights: float | Tensor | None
+
+
+def check_group(group: Mapping[str, Any], where: str, count: int | None = None) -> None:
+    """Refuses a group whose options of the group lasso can't be used.
+
+    Args:
+        group: a parameter group.
+        where: what an error begins with.
+        count: the number of its parameters; None where it isn't known yet.
+
+    Raises:
+        ValueError: names the option and its value.
+    """
+    coefficient = group_lasso_of(group, where)
+    for key in ("rows", "row_weights"):
+        values = group.get(key)
+        if values is None:
+            continue
+        if not isinstance(values, (list, tuple)):
+            raise ValueError(
+                f"{where}{key} is a {type(values).__name__}: must be a list with an entry for each "
+                "of the params"
+            )
+        if count is not None and len(values) != count:
+            raise ValueError(
+                f"{where}{key} has {len(values)} entries: must have {count}, one for each of the "
+                "params"
+            )
+        for i, value in enumerate(values):
+            if key == "rows" and value is not None and type(value) is not int:
+                raise ValueError(f"{where}rows[{i}] is {value!r}: must be an int or None")
+            if key == "row_weights":
+                _weights(value, f"{where}row_weights[{i}]")
+    if coefficient > 0 and has_rows(group) and towards_start(group):
+        raise ValueError(
+            f"{where}group_lasso is {group['group_lasso']} with rows and toward='start': the group "
+            "lasso pulls towards zero only; in this group take toward='zero', or no group_lasso"
+        )
+
+
+def check_used(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a ``group_lasso`` that would apply to nothing.
+
+    Raises:
+        ValueError: no group has a set.
+    """
+    for index, group in enumerate(groups):
+        if group_lasso_of(group) > 0 and not any(has_rows(other) for other in groups):
+            raise ValueError(
+                f"ProxSGD: param_groups[{index}]: group_lasso is {group['group_lasso']}, but no "
+                "group has rows, which say what is coupled: see param_groups(model, group_lasso=)"
+            )
+
+
+def has_rows(group: Mapping[str, Any]) -> bool:
+    """Whether a parameter of a group belongs to a set."""
+    rows = group.get("rows")
+    return rows is not None and any(number is not None for number in rows)
+
+
+def has_group_lasso(group: Mapping[str, Any]) -> bool:
+    """Whether a group's sets are penalised, or were before a schedule took group_lasso to 0."""
+    coefficient = group_lasso_of(group) > 0 or group.get("initial_group_lasso", 0.0) > 0
+    return coefficient and has_rows(group)
+
+
+def read(groups: Sequence[Mapping[str, Any]], frozen: Sequence[bool]) -> list[ReadSet]:
+    """The sets that a step shrinks, in the order of their first parameters.
+
+    Args:
+        groups: the optimizer's.
+        frozen: for each group whether its zeros are frozen, which stops all shrinkage.
+
+    Raises:
+        ValueError: an option is wrong, or the parameters of a set have different ones.
+    """
+    wheres = [f"ProxSGD: param_groups[{g}]: " for g in range(len(groups))]
+    coefficients = [group_lasso_of(g, where) for g, where in zip(groups, wheres, strict=True)]
+    if not any(coefficients):
+        return []
+    check_used(groups)
+    members: dict[int, list[tuple[Place, Tensor]]] = {}
+    for g, group in enumerate(groups):
+        params = list(group["params"])
+        check_group(group, wheres[g], len(params))
+        for i, number in enumerate(group.get("rows") or ()):
+            if number is not None:
+                members.setdefault(number, []).append(((g, i), params[i]))
+    sets = []
+    for of_set in members.values():
+        in_groups = [place[0] for place, _ in of_set]
+        for what, values in (("group_lasso", coefficients), ("frozen_zeros", frozen)):
+            if len({values[g] for g in in_groups}) > 1:
+                other = next(
+                    n for n, g in enumerate(in_groups) if values[g] != values[in_groups[0]]
+                )
+                places = [place for place, _ in of_set]
+                raise _differs(groups, places[other], places[0], what, values)
+        first = in_groups[0]
+        if coefficients[first] > 0 and not frozen[first]:
+            sets.append(ReadSet(of_set, coefficients[first], _weights_of(groups, of_set)))
+    return sets
+
+
+def divide(
+    sets: Sequence[ReadSet],
+    groups: Sequence[Mapping[str, Any]],
+    read_options: Sequence[tuple[Options, DeviceValues]],
+    collected: Sequence[tuple[Bucket, int]],
+) -> tuple[list[tuple[Bucket, int]], list[Part], list[RowSet]]:
+    """Divides buckets into what is stepped element by element and what belongs to sets.
+
+    Args:
+        sets: from :func:`read`.
+        groups: the optimizer's.
+        read_options: each group's options.
+        collected: buckets and the indices of their groups.
+
+    Returns:
+        The elementwise buckets with their groups, the parts, and the sets whose parameters have
+        gradients.
+
+    Raises:
+        ValueError: a set has gradients on some of its parameters only.
+    """
+    coupled = {id(param) for one in sets for _, param in one.members}
+    elementwise: list[tuple[Bucket, int]] = []
+    parts: list[Part] = []
+    found: dict[int, tuple[int, int]] = {}
+    for bucket, g in collected:
+        inside = [i for i, param in enumerate(bucket.params) if id(param) in coupled]
+        if not inside:
+            elementwise.append((bucket, g))
+            continue
+        if len(inside) < len(bucket.params):
+            chosen = set(inside)
+            rest = [i for i in range(len(bucket.params)) if i not in chosen]
+            elementwise.append((_pick(bucket, rest), g))
+            bucket = _pick(bucket, inside)
+        for i, param in enumerate(bucket.params):
+            found[id(param)] = (len(parts), i)
+        group, (options, values) = groups[g], read_options[g]
+        parts.append(Part(bucket, options, group["fused"], group["capturable"], values))
+    return elementwise, parts, [s for one in sets if (s := _row_set(one, found, groups))]
+
+
+def _pick(bucket: Bucket, indices: Sequence[int]) -> Bucket:
+    """Some of a bucket's parameters, with counters of their own where it has any."""
+    part = bucket.pick(indices)
+    if bucket.num_zeros is not None:
+        part.num_zeros = torch.zeros(
+            len(indices), dtype=torch.int64, device=bucket.num_zeros.device
+        )
+    return part
+
+
+def _row_set(
+    one: ReadSet, found: Mapping[int, tuple[int, int]], groups: Sequence[Mapping[str, Any]]
+) -> RowSet | None:
+    """A set whose parameters have gradients; None where none of them has."""
+    with_grad = [place for place, param in one.members if id(param) in found]
+    if not with_grad:
+        return None
+    params = [param for _, param in one.members]
+    for (g, i), param in one.members:
+        if id(param) not in found:
+            other = parameter_place(groups[with_grad[0][0]], *with_grad[0])
+            raise ValueError(
+                f"{parameter_name(groups[g], g, i)}: has no gradient, but {other} has one: must "
+                "have both or neither, as their rows are coupled"
+            )
+        if param.dim() == 0:
+            raise ValueError(
+                f"{parameter_name(groups[g], g, i)}: has no dimensions: must have rows to be "
+                "coupled"
+            )
+    rows = params[0].shape[0]
+    for (g, i), param in one.members:
+        if param.shape[0] != rows:
+            other = parameter_place(groups[one.members[0][0][0]], *one.members[0][0])
+            raise ValueError(
+                f"{parameter_name(groups[g], g, i)}: its first dimension is {param.shape[0]}, and "
+                f"that of {other} is {rows}: must be equal, as their rows are coupled"
+            )
+    weights = one.weights
+    if weights is None:
+        weights = math.sqrt(sum(p.numel() // rows for p in params)) if rows else 0.0
+    elif isinstance(weights, Tensor) and len(weights) != rows:
+        (g, i), _ = one.members[0]
+        raise ValueError(
+            f"{parameter_name(groups[g], g, i)}: its row_weights has {len(weights)} numbers: must "
+            f"have {rows}, one for each row"
+        )
+    members = tuple(found[id(param)] for param in params)
+    return RowSet(members, rows, one.coefficient, weights)
+
+
+def _weights_of(
+    groups: Sequence[Mapping[str, Any]], members: Sequence[tuple[Place, Tensor]]
+) -> float | Tensor | None:
+    """The weights of a set: what any of its parameters says, which must be the same."""
+    given: list[tuple[Place, Any]] = []
+    for (g, i), _ in members:
+        values = groups[g].get("row_weights")
+        value = None if values is None else values[i]
+        if value is not None:
+            if type(value) is not float or not 0 <= value < math.inf:
+                value = _weights(value, f"ProxSGD: param_groups[{g}]: row_weights[{i}]")
+            given.append(((g, i), value))
+    for place, weights in given[1:]:
+        if not _equal(weights, given[0][1]):
+            in_words = f"{parameter_name(groups[place[0]], *place)}: its row_weights"
+            other = parameter_place(groups[given[0][0][0]], *given[0][0])
+            raise ValueError(
+                f"{in_words} differ from those of {other}: must be equal, or None, as their rows "
+                "are coupled"
+            )
+    return given[0][1] if given else None
+
+
+def _equal(a: float | Tensor, b: float | Tensor) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+
+
+def _weights(value: Any, name: str) -> float | Tensor | None:
+    """An entry of ``row_weights``, checked: None, a number, or float64 on the CPU."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple, Tensor)):
+        return finite_and_not_negative(value, name)
+    try:
+        weights = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} is {value!r}: must be numbers, one for each row") from None
+    if weights.dim() != 1 or not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError(
+            f"{name} is {value!r}: must be finite numbers, not negative, one for each row"
+        )
+    return weights.detach()
+
+
+def _differs(
+    groups: Sequence[Mapping[str, Any]],
+    place: Place,
+    other: Place,
+    what: str,
+    values: Sequence[Any],
+) -> ValueError:
+    g, h = place[0], other[0]
+    return ValueError(
+        f"{parameter_name(groups[g], *place)}: its group's {what} is {values[g]}, and that of "
+        f"{parameter_place(groups[h], *other)} is {values[h]}: must be equal, as their rows are "
+        "coupled"
+    )

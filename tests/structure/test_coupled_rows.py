@@ -1,0 +1,121 @@
+"""From channels to the group lasso of the optimizer, and on through a removal of channels."""
+
+import copy
+import math
+
+import pytest
+import torch
+from networks import Tiny, with_statistics
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from resnet_reg_ext import ProxSGD, channels, compact, param_groups, zero_dead_columns
+
+EXAMPLE = torch.rand(1, 3, 32, 32)
+
+
+def by_name(groups, key):
+    return {
+        name: value
+        for group in groups
+        for (name, _), value in zip(group["params"], group[key], strict=True)
+    }
+
+
+def test_every_channel_of_a_resnet_is_a_group():
+    from torchvision.models import resnet18
+
+    model = resnet18(num_classes=10)
+    groups = param_groups(model, l1=1e-5, group_lasso=1e-3, example_inputs=EXAMPLE)
+    assert [group["group_lasso"] for group in groups] == [1e-3, 1e-3]
+    rows, weights = by_name(groups, "rows"), by_name(groups, "row_weights")
+    sets = channels(model, EXAMPLE)
+    params = dict(model.named_parameters())
+    for one in sets:
+        names = [producer.tensor for producer in one.producers]
+        assert len({rows[name] for name in names}) == 1
+        size = sum(params[name].numel() for name in names) / one.size
+        assert {weights[name] for name in names} == {math.sqrt(size)}
+    assert len({number for number in rows.values() if number is not None}) == len(sets)
+    assert [name for name, number in rows.items() if number is None] == ["fc.weight", "fc.bias"]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    ProxSGD(groups, lr=0.1, group_lasso=0.0, fused=True).step()
+    stream = next(one for one in sets if one.name == "layer1.1.conv2" or one.name == "conv1")
+    excluded = param_groups(
+        model, group_lasso=1e-3, example_inputs=EXAMPLE, exclude=stream.producers[0].tensor
+    )
+    rows = by_name(excluded, "rows")
+    assert all(rows[producer.tensor] is None for producer in stream.producers)
+
+
+def test_what_is_no_row_is_left_out_and_said():
+    with pytest.warns(UserWarning, match="leaves out the channels of stem"):
+        groups = param_groups(Tiny(), group_lasso=1e-3, example_inputs=EXAMPLE)
+    rows = by_name(groups, "rows")
+    assert rows["down.weight"] == rows["norm3.weight"] is not None
+    assert rows["stem.weight"] is rows["conv2.weight"] is None
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="example_inputs is None"):
+        param_groups(Tiny(), group_lasso=1e-3)
+    with pytest.raises(ValueError, match="group_lasso is -1"):
+        param_groups(Tiny(), group_lasso=-1, example_inputs=EXAMPLE)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+    with pytest.raises(ValueError, match="no channels whose rows can be penalised"):
+        param_groups(model, group_lasso=1e-3, example_inputs=EXAMPLE)
+
+
+def plain():
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 10, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(10, 4),
+    ).double()
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_training_after_a_removal_is_training_without(per_row):
+    model = with_statistics(plain())
+    example = torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    groups = param_groups(model, l1=1e-4, group_lasso=0.05, example_inputs=example)
+    if per_row:
+        sizes = {name: len(p) for name, p in model.named_parameters()}
+        for group in groups:
+            names = [name for name, _ in group["params"]]
+            group["row_weights"] = [
+                None if n not in (0, 1) else [w * (1 + i % 3 / 2) for i in range(sizes[name])]
+                for name, n, w in zip(names, group["rows"], group["row_weights"], strict=True)
+            ]
+    optimizer = ProxSGD(groups, lr=0.05)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(16, 3, 8, 8, generator=generator, dtype=torch.float64)
+    y = torch.randint(4, (16,), generator=generator)
+
+    def step(model, optimizer, sets):
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        zero_dead_columns(model, sets, optimizer)
+
+    sets = channels(model, example)
+    for _ in range(12):
+        step(model, optimizer, sets)
+    whole, kept = copy.deepcopy((model, optimizer))
+    small = compact(model, example, optimizer, sets=sets).model
+    removed = sum(p.numel() for p in whole.parameters()) - sum(
+        p.numel() for p in small.parameters()
+    )
+    assert removed > 100
+    of_small = channels(small, example)
+    for _ in range(3):
+        step(whole, kept, sets)
+        step(small, optimizer, of_small)
+    # The order in which a processor adds.
+    torch.testing.assert_close(small.eval()(x), whole.eval()(x), rtol=0, atol=1e-12)
