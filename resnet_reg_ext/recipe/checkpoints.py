@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..atomic_write import atomic_write
 from .files import RecipeError
+from .former import is_former
 from .settings import Run, run_from_file
 from .splits import Source
 
@@ -32,6 +33,8 @@ class Checkpoint:
     source: Source | None
     """The files that it was trained on, where it tells."""
     is_resumable: bool
+    is_former: bool
+    """Of a version that had no test set."""
 
 
 def read_file(path: Path) -> Any:
@@ -120,7 +123,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if resumable:
         _check_training_state(content, run, path)
     classes = class_names(content["classes"], path)
-    return Checkpoint(run, classes, state, _source(content.get("source"), path), resumable)
+    source = _source(content.get("source"), path)
+    return Checkpoint(run, classes, state, source, resumable, is_former(content["run"]))
 
 
 def class_names(content: Any, where: object) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""``resnet-reg train``, ``compare``, ``path`` and ``evaluate``."""
+"""``resnet-reg train``, ``compare``, ``tune``, ``path`` and ``evaluate``."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from . import compare, evaluate
+from . import compare, evaluate, tune
 from .callbacks import Stopped
 from .files import RecipeError
 from .options import Parser, add_run_options, config_arguments, run_from
 from .processes import is_rank_zero
 from .results import Result
-from .settings import OPTIONS_FILES, Number, Run, expanded
+from .settings import DIGITS, OPTIONS_FILES, Number, Run, expanded, option_name
 from .splits import SPLITS
+from .strengths import strengths_by_weights
 from .terminal import escape_what_cannot_be_shown, one_line
 from .train import train
+from .tune import Budget
+from .verdicts import table
 
 # Chosen so that the unregularised ResNet-50 overfits visibly within minutes: docs/recipe.md.
-COMPARED = Run(label_noise=0.3, l1=6e-3, weight_decay=3e-3)
+COMPARED = Run(group_by=r"writer\d+", l1=2e-3, weight_decay=1e-2)
+TUNE_MINUTES = 18.0  # of two cores, on some hundred images of 64 px
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
@@ -116,18 +121,65 @@ def _train(arguments: list[str]) -> None:
     if run.target_sparsity != run.steered_to:
         raise RecipeError("--target-sparsity needs an --l1 above 0 to start from")
     if args.resume is not None and (args.out / "result.json").is_file():
-        print(f"{args.out} is finished\n\n{compare.table({'run': [Result.load(args.out)]})}")
+        print(f"{args.out} is finished\n\n{_ends(Result.load(args.out))}")
         return
     has_begun = (args.out / "last.ckpt").is_file()
     if args.resume is not None and not has_begun and is_rank_zero():
         print(f"{args.out} has no last.ckpt yet: from the beginning, with the settings it has")
     result = train(run, args.out, resume=args.resume is not None and has_begun)
     if is_rank_zero():
-        print(f"\n{compare.table({'run': [result]})}")
+        print(f"\n{_ends(result)}")
         names = (OPTIONS_FILES["train"], "result.json", "best.ckpt", "last.ckpt", "tensorboard")
         # One since the start and one since each resumption, the oldest first.
         logs = sorted(args.out.glob("csv/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
         _list_files([*(args.out / name for name in names), *logs])
+
+
+def _ends(result: Result) -> str:
+    """The run's last weights and its best ones, in a table."""
+    rows = {"last.ckpt": [result]}
+    if result.best is not None:
+        rows[f"best.ckpt (epoch {result.best.epoch:.0f})"] = [result.stopped_early]
+    return table(rows)
+
+
+def _by_weights(args: argparse.Namespace, run: Run, *strengths: str) -> Run:
+    """The run with strengths that its initial weights suggest, where none were given."""
+    names = [name for name in strengths if getattr(args, name) is None]
+    if not names or run.data == DIGITS:
+        return run
+    found = strengths_by_weights(run)
+    if is_rank_zero():
+        given = ", ".join(f"{option_name(name)} {getattr(found, name):g}" for name in names)
+        print(f"strengths by the initial weights: {given}", flush=True)
+    return replace(run, **{name: getattr(found, name) for name in names})
+
+
+def _add_search(parser: Parser, minutes: float) -> None:
+    parser.add_argument(
+        "--points",
+        type=Number(int, 2),
+        default=5,
+        help="strengths of each regulariser (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=Number(float, 0, above=True),
+        default=minutes,
+        help="the search ends early where its next run would go beyond (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=Number(int, 1), help="the same, in training steps")
+    parser.add_argument(
+        "--rule",
+        choices=("1se", "best"),
+        default="1se",
+        help="1se: the strongest penalty within one standard error of the lowest validation loss; "
+        "best: the lowest itself (default: %(default)s)",
+    )
+
+
+def _budget(args: argparse.Namespace) -> Budget:
+    return Budget(args.points, args.minutes, args.steps)
 
 
 def _compare(arguments: list[str]) -> None:
@@ -136,10 +188,44 @@ def _compare(arguments: list[str]) -> None:
     parser.add_argument(
         "--seeds", type=Number(int, 1), default=1, help="how many, from --seed on (default: 1)"
     )
+    parser.add_argument(
+        "--elastic-net",
+        type=Number(float, 0, above=True),
+        nargs=2,
+        metavar=("L1", "WD"),
+        help="l1 and weight decay of the arm that has both (default: --l1 and --weight-decay)",
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="find each arm's own best strength on the validation images first, as `tune` does",
+    )
+    _add_search(parser, TUNE_MINUTES)
     _add_out(parser, "out/compare")
     args = _settle(parser, arguments, "compare")
-    run = run_from(args, COMPARED)
-    _list_files(compare.compare(run, args.seeds, args.out, args.resume is not None))
+    run, resume = run_from(args, COMPARED), args.resume is not None
+    if args.tune:
+        _list_files(
+            tune.tuned_comparison(
+                run, args.seeds, _budget(args), args.out, rule=args.rule, resume=resume
+            )
+        )
+        return
+    both = tuple(args.elastic_net) if args.elastic_net else None
+    run = _by_weights(args, run, "l1", "weight_decay")
+    _list_files(compare.compare(run, args.seeds, args.out, resume, both))
+
+
+def _tune(arguments: list[str]) -> None:
+    parser = _parser("tune")
+    add_run_options(parser, COMPARED, l1=False)
+    _add_search(parser, TUNE_MINUTES)
+    parser.add_argument("--warm", action="store_true", help="start each from the one before")
+    _add_out(parser, "out/tune")
+    args = _settle(parser, arguments, "tune")
+    run, resume = run_from(args, COMPARED, l1=0.0), args.resume is not None
+    tune.tune(run, _budget(args), args.out, warm=args.warm, rule=args.rule, resume=resume)
+    _list_files(sorted(args.out.glob("tune*")))
 
 
 def _path(arguments: list[str]) -> None:
@@ -149,28 +235,28 @@ def _path(arguments: list[str]) -> None:
         "--l1",
         type=Number(float, 0),
         nargs="+",
-        default=[0.0, 2e-3, 4e-3, 8e-3],
-        help="coefficients, each larger than the one before (default: 0 0.002 0.004 0.008)",
+        help="coefficients, each larger than the one before (default: 0 0.001 0.002 0.004 for the "
+        "digits; for a folder 0 and a third, one and three times the one that reaches a third of "
+        "the initial weights)",
     )
     parser.add_argument(
         "--seeds", type=Number(int, 1), default=1, help="how many, from --seed on (default: 1)"
     )
-    parser.add_argument(
-        "--cold", action="store_true", help="start each alike, not from the one before"
-    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--warm", action="store_true", help="start each from the one before")
+    how.add_argument("--cold", action="store_true", help="start each alike, which is the default")
     _add_out(parser, "out/path")
     args = _settle(parser, arguments, "path")
-    if args.l1 != sorted(set(args.l1)):
-        raise RecipeError(f"--l1 must increase, got {' '.join(f'{v:g}' for v in args.l1)}")
+    l1s = args.l1
+    if l1s is not None and l1s != sorted(set(l1s)):
+        raise RecipeError(f"--l1 must increase, got {' '.join(f'{v:g}' for v in l1s)}")
+    run = _by_weights(args, run_from(args, COMPARED, l1=0.0), "weight_decay")
+    if l1s is None:
+        middle = COMPARED.l1 if run.data == DIGITS else strengths_by_weights(run).l1
+        factors = (0.5, 1, 2) if run.data == DIGITS else (1 / 3, 1, 3)
+        l1s = [0.0, *(float(f"{middle * factor:.1e}") for factor in factors)]
     _list_files(
-        compare.path(
-            run_from(args, COMPARED, l1=0.0),
-            args.l1,
-            args.seeds,
-            args.out,
-            cold=args.cold,
-            resume=args.resume is not None,
-        )
+        compare.path(run, l1s, args.seeds, args.out, warm=args.warm, resume=args.resume is not None)
     )
 
 
@@ -205,6 +291,7 @@ def _list_files(paths: Sequence[Path]) -> None:
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "compare": _compare,
+    "tune": _tune,
     "path": _path,
     "evaluate": _evaluate,
 }

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,25 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
+from torch.nn.functional import cross_entropy
+from torchmetrics.functional.classification import (
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+)
 
 from .callbacks import Checkpoints, History, Patience, Progress, StopOnSignal, Stopped, WholeFiles
 from .checkpoints import Checkpoint, keep_weights_alone, load_checkpoint
 from .checks import check_images, check_resumable, settled
 from .data import load_images
+from .describe import describe, outcome
+from .errors import mean_error
 from .files import RecipeError, locked, prepare_folder
-from .loaders import ImageData, evaluation_loader
+from .forecast import Watch, count_steps, foretold
+from .loaders import ImageData, class_weights, evaluation_loader
 from .model import Classifier, regularised
-from .processes import ignored_ranks, is_rank_zero, trainer_processes
-from .results import Result, made_with
-from .settings import DIGITS, OPTIONS_FILES, Run, save_options
+from .processes import is_rank_zero, trainer_processes
+from .results import Best, OnTest, Result, made_with
+from .settings import OPTIONS_FILES, Run, save_options
 from .splits import Images, Split
 from .weights import load_weights
 
@@ -41,7 +48,8 @@ def train(
     *,
     name: str = "train",
     resume: bool = False,
-    keep_best: bool = True,
+    keep: str = "all",
+    test: bool = True,
     start: Path | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
@@ -55,8 +63,10 @@ def train(
         out: the folder for ``run.yaml``, ``last.ckpt``, ``best.ckpt``, ``result.json`` and logs.
         name: stands before the progress bar.
         resume: go on from ``last.ckpt`` in that folder.
-        keep_best: keep the best weights and the optimizer's state. Without it ``last.ckpt`` is cut
-            down to the weights at the end.
+        keep: what stays at the end: "all"; "weights", where ``last.ckpt`` is cut down to them; or
+            "result" without checkpoints.
+        test: measure the test images at the end. Without it they are not looked at: a run that a
+            choice is made by.
         start: a checkpoint whose weights to start from, instead of ``run.weights``.
         callbacks: Lightning callbacks of your own.
 
@@ -69,41 +79,56 @@ def train(
     before = _before(out, resume)
     run = settled(run, before)
     images = load_images(run)
+    if not test:
+        images = replace(images, test=None)
     check_images(run, images)
     if before is not None:
         check_resumable(before, last, images)
-    classifier = Classifier(run, images.classes, images.source)
+    classifier = Classifier(run, images.classes, images.source, class_weights(run, images.train))
     weights = _initial_weights(classifier, last if resume else None, start)
-    prepare_folder(out, 2 * FULL_CHECKPOINT + (2 * WEIGHTS if keep_best else 0))
+    ahead = [] if resume else foretold(classifier, count_steps(run, len(images.train)))
+    prepare_folder(out, 2 * FULL_CHECKPOINT + 2 * WEIGHTS)
     with locked(out) if is_rank_zero() else nullcontext():
         if not resume:
             _before(out, resume)  # another run may have been here since
         if is_rank_zero():
             save_options(asdict(run), out / OPTIONS_FILES["train"])
-            for line in (*describe(run, images), weights):
+            for line in (*describe(run, images), weights, *ahead):
                 print(f"  {line}", flush=True)
         history = History()
-        ours = [history, Checkpoints(out, best=keep_best)]
+        checkpoints = Checkpoints(out)
+        ours = [history, checkpoints, Watch()]
         if run.early_stopping:
             ours.append(Patience(run.early_stopping))
         # Last: what it saves has then been counted, what the bar shows has been saved.
         ours += [*callbacks, StopOnSignal(last), Progress(name)]
         trainer = _trainer(run, out, ours)
         _fit(trainer, classifier, ImageData(images, run), last if resume else None, history)
-        result = _result(run, images, classifier, history, trainer)
+        result = _result(images, classifier, history, checkpoints, trainer)
         if is_rank_zero():
-            for line in _outcome(result, trainer):
+            for line in outcome(result):
                 print(f"  {line}", flush=True)
             # In this order: what has no result yet can still be resumed. A run that is killed
             # between both is finished by ``finish``.
             result.save(out)
-            if not keep_best:
-                keep_weights_alone(last)
+            _keep(out, keep)
     return result
 
 
-def finish(out: Path) -> Result:
+def _keep(out: Path, keep: str) -> None:
+    if keep == "result":
+        for name in ("last.ckpt", "best.ckpt"):
+            (out / name).unlink(missing_ok=True)
+    elif keep == "weights" and (out / "last.ckpt").is_file():
+        keep_weights_alone(out / "last.ckpt")
+
+
+def finish(out: Path, keep: str = "weights") -> Result:
     """The result of a run that has one, its checkpoint cut down where a kill came before that.
+
+    Args:
+        out: its folder.
+        keep: as of :func:`train`.
 
     Raises:
         RecipeError: the result is damaged, or another run holds the folder.
@@ -111,8 +136,7 @@ def finish(out: Path) -> Result:
     result = Result.load(out)
     if is_rank_zero():
         with locked(out):
-            if (out / "last.ckpt").is_file():
-                keep_weights_alone(out / "last.ckpt")
+            _keep(out, keep)
     return result
 
 
@@ -189,36 +213,55 @@ def _fit(
 
 
 def _result(
-    run: Run, images: Images, classifier: Classifier, history: History, trainer: pl.Trainer
+    images: Images,
+    classifier: Classifier,
+    history: History,
+    checkpoints: Checkpoints,
+    trainer: pl.Trainer,
 ) -> Result:
+    """Measures the weights at the end, and then the best ones. Nothing is chosen any more."""
     if not history.rows:
         raise RecipeError(f"{trainer.ckpt_path} is damaged: it has no step left, and no evaluation")
-    zeros = regularised(classifier)
+    device = trainer.strategy.root_device
+    epoch = float(checkpoints.best_epoch)
+    best = end = _measured(classifier, images, device, epoch)
+    if epoch != history.rows[-1]["epoch"]:
+        classifier.load_state_dict(load_checkpoint(checkpoints.folder / "best.ckpt").state_dict)
+        best = _measured(classifier, images, device, epoch)
     return Result(
-        run,
+        classifier.run,
         _counts(images),
         history.rows,
         history.step_ms,
-        {layer.name: layer.fraction for layer in zeros.layers},
-        confusion_matrix(classifier, images.test, run, trainer.strategy.root_device),
+        end.zeros_by_layer,
+        end.confusion,
         made_with(),
+        end.test,
+        best,
+        end.validation_error,
     )
 
 
-def _outcome(result: Result, trainer: pl.Trainer) -> list[str]:
-    """What the user should know of a result: a loss that isn't finite, a target that was missed."""
-    lines, run = [], result.run
-    if not math.isfinite(result.last["train_loss"]):
-        lines.append("the loss is not finite any more: training has diverged; try a lower --lr")
-    zeros = result.last["zeros"]
-    # TargetSparsity freezes within half a point of the target.
-    if run.steered_to is not None and zeros < run.steered_to - 0.005:
-        epochs = int(result.last["epoch"])
-        why = "give more --epochs, or a larger --l1 to start from"
-        if epochs < run.epochs:
-            why = f"--early-stopping ended the run after {epochs} of {run.epochs} epochs"
-        lines.append(f"--target-sparsity {run.steered_to:g} was missed: zeros {zeros:.1%}; {why}")
-    return lines
+def _measured(classifier: Classifier, images: Images, device: torch.device, epoch: float) -> Best:
+    """What some weights do on the validation images, and on the test images if there are any."""
+    run, count = classifier.run, len(images.classes)
+    zeros = {layer.name: layer.fraction for layer in regularised(classifier).layers}
+    logits, labels = predict(classifier, images.validation, run, device)
+    losses = cross_entropy(logits, labels, reduction="none")
+    error = mean_error(losses.double().numpy(), images.validation.groups)
+    test = None
+    if images.test is not None:
+        logits, labels = predict(classifier, images.test, run, device)
+        right, groups = logits.argmax(1) == labels, images.test.groups
+        test = OnTest(
+            right.float().mean().item(),
+            cross_entropy(logits, labels).item(),
+            multiclass_f1_score(logits, labels, count, average="macro").item(),
+            right.int().tolist(),
+            None if groups is None else groups.tolist(),
+        )
+    confusion = multiclass_confusion_matrix(logits, labels, count).tolist()
+    return Best(epoch, zeros, confusion, test, error if math.isfinite(error) else None)
 
 
 def check(run: Run) -> None:
@@ -248,58 +291,13 @@ def predict(
     return torch.cat(logits), torch.cat(labels)
 
 
-def confusion_matrix(
-    classifier: Classifier, split: Split, run: Run, device: torch.device
-) -> list[list[int]]:
-    """Images by true class (row) and predicted class (column)."""
-    logits, labels = predict(classifier, split, run, device)
-    matrix: list[list[int]] = multiclass_confusion_matrix(
-        logits, labels, len(classifier.classes)
-    ).tolist()
-    return matrix
-
-
-def describe(run: Run, images: Images) -> list[str]:
-    """What will be done, and how overfitting is brought out if it is."""
-    name = f"scikit-learn's {DIGITS}" if run.data == DIGITS else run.data
-    wrong = ""
-    if images.train.wrong:
-        wrong = (
-            f", {images.train.wrong} of them with a label made wrong on purpose (training accuracy "
-            "is measured on the labels as trained on)"
-        )
-    steps, over = divmod(len(images.train), run.batch_size)
-    left = f"; {over} of them, others each time, are left over in each epoch" if over else ""
-    lines = [
-        f"images: {name}, {len(images.classes)} classes ({_some(images.classes)}), "
-        f"{run.image_size} px, seed {run.seed}",
-        f"trained on: {len(images.train)} images{wrong}{left}",
-        f"tested on: {len(images.test)} images, no label changed",
-        f"training: l1 {run.l1:g}, weight decay {run.weight_decay:g}, lr {run.lr:g}, momentum "
-        f"{run.momentum:g}, {_count(run.epochs, 'epoch')} of {_count(steps, 'step')}, "
-        f"batch {run.batch_size}",
-    ]
-    if run.steered_to is not None:
-        lines.append(f"l1 is steered until {run.steered_to:.1%} of the weights are zero")
-    return [*lines, *images.notes, *filter(None, [ignored_ranks()])]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _some(names: Sequence[str], most: int = 10) -> str:
-    """Names in a row, not too many."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _counts(images: Images) -> dict[str, Any]:
     return {
         "classes": list(images.classes),
         "train_images": len(images.train),
         "wrong_labels": images.train.wrong,
-        "test_images": len(images.test),
+        "validation_images": len(images.validation),
+        "test_images": 0 if images.test is None else len(images.test),
     }
 
 
