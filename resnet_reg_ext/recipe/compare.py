@@ -93,12 +93,12 @@ def compare(
 
 def reported(trained: Results) -> dict[str, Sequence[Result]]:
     """What is told of each arm, and of the one without a penalty as stopped early."""
-    results: dict[str, Sequence[Result]] = {}
-    for name, runs in trained.items():
-        results[name] = [result.reported for result in runs]
-        stops = any(result.run.early_stopping or result.best is None for result in runs)
-        if name == "none" and not stops:
-            results[EARLY] = [result.stopped_early for result in runs]
+    results: dict[str, Sequence[Result]] = {
+        name: [result.reported for result in runs] for name, runs in trained.items()
+    }
+    none = trained["none"]
+    if not any(result.run.early_stopping or result.best is None for result in none):
+        results[EARLY] = [result.stopped_early for result in none]
     return results
 
 
@@ -205,14 +205,13 @@ def begun(
 
     refuse_if_used()
     left = [planned.run for planned in plan if not _finished(planned, resume)]
-    if left:
-        check(left[0])
+    said = cost(left, *check(left[0])) if left else ""
     weights = 2 * (len(left) if kept is None else min(kept, len(left))) * WEIGHTS
     prepare_folder(out, weights + 2 * FULL_CHECKPOINT)
     with locked(out):
         refuse_if_used()  # another run may have been here since
         save_options(options, out / options_file)
-        if said := cost(left):
+        if said:
             print(said, flush=True)
         yield
 

@@ -7,13 +7,14 @@ from bisect import bisect_right
 import torch
 from sklearn.datasets import load_digits
 
+from .files import RecipeError
 from .settings import Run
 from .splits import TEST_SEED, Split, split_in_two, subset
 
 # Few are trained on, so that a ResNet-50 overfits within minutes.
 DIGITS_TRAIN_SIZE, DIGITS_VAL_SIZE, DIGITS_TEST_SIZE = 200, 200, 500
-# Of the forms, where they are kept apart: a half to test on, a quarter to choose by.
-DIGITS_VAL_FRACTION, DIGITS_TEST_FRACTION = 0.25, 0.5
+# Of the 14 forms, where they are kept apart: 7 to test on, 5 to choose by, 2 to train on.
+DIGITS_VAL_FRACTION, DIGITS_TEST_FRACTION = 0.35, 0.5
 # Each of the collection's forms has the same digits in the same order, so that the labels tell
 # where one begins. One form is one hand: more than half of all nearest neighbours of a class are in
 # the same one of these 14 forms.
@@ -35,25 +36,31 @@ def draw_digits(
     every: Split, classes: tuple[str, ...], run: Run
 ) -> tuple[Split, Split, Split | None]:
     """Training, validation and test images: by shares where they are asked for, else by number."""
-    by_share = every.groups is not None or run.val_fraction or run.test_fraction
-    train_size = DIGITS_TRAIN_SIZE if run.train_size is None else run.train_size
-    val_size = DIGITS_VAL_SIZE if run.val_size is None else run.val_size
-    test_size = DIGITS_TEST_SIZE if run.test_size is None else run.test_size
+    defaults = {"train": DIGITS_TRAIN_SIZE, "val": DIGITS_VAL_SIZE, "test": DIGITS_TEST_SIZE}
+    asked = {"train": run.train_size, "val": run.val_size, "test": run.test_size}
+
+    def cut(split: Split, part: str) -> Split:
+        size = asked[part]
+        size = min(defaults[part], len(split)) if size is None else size
+        return subset(split, classes, size, TEST_SEED if part == "test" else run.seed, part)
+
     rest, test = every, None
-    if by_share:
-        shares = run.test_fraction or DIGITS_TEST_FRACTION, run.val_fraction or DIGITS_VAL_FRACTION
+    if every.groups is not None or run.val_fraction or run.test_fraction:
         left = 1.0
         if run.test_size != 0:
-            rest, test = split_in_two(rest, classes, TEST_SEED, "test", shares[0])
-            test = subset(test, classes, min(test_size, len(test)), TEST_SEED, "test")
-            left -= shares[0]
-        train, val = split_in_two(rest, classes, run.seed, "val", shares[1] / left)
-        return (
-            subset(train, classes, min(train_size, len(train)), run.seed, "train"),
-            subset(val, classes, min(val_size, len(val)), run.seed, "val"),
-            test,
-        )
-    if test_size:
-        rest, test = split_in_two(rest, classes, TEST_SEED, "test", test_size)
-    train, val = split_in_two(rest, classes, run.seed, "val", val_size, train_size)
+            share = run.test_fraction or DIGITS_TEST_FRACTION
+            rest, test = split_in_two(rest, classes, TEST_SEED, "test", share)
+            left -= share
+        share = (run.val_fraction or DIGITS_VAL_FRACTION) / left
+        if share >= 1:
+            raise RecipeError(
+                f"--val-fraction {run.val_fraction or DIGITS_VAL_FRACTION} and --test-fraction "
+                f"{run.test_fraction or DIGITS_TEST_FRACTION} leave nothing to train on"
+            )
+        train, val = split_in_two(rest, classes, run.seed, "val", share)
+        return cut(train, "train"), cut(val, "val"), None if test is None else cut(test, "test")
+    sizes = {part: defaults[part] if size is None else size for part, size in asked.items()}
+    if sizes["test"]:
+        rest, test = split_in_two(rest, classes, TEST_SEED, "test", sizes["test"])
+    train, val = split_in_two(rest, classes, run.seed, "val", sizes["val"], sizes["train"])
     return train, val, test

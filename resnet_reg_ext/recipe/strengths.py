@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from .checks import settled
-from .data import load_images
 from .forecast import count_steps, default_strengths
-from .model import Classifier
 from .settings import Run
-from .train import be_quiet
-from .weights import load_weights
+from .train import check
 
 
 def strengths_by_weights(run: Run) -> Run:
@@ -17,9 +13,5 @@ def strengths_by_weights(run: Run) -> Run:
     Raises:
         RecipeError: the run can't be made.
     """
-    be_quiet()
-    run = settled(run)
-    images = load_images(run)
-    classifier = Classifier(run, images.classes)
-    load_weights(classifier, run.weights)
+    images, classifier = check(run)
     return default_strengths(classifier, count_steps(run, len(images.train)))

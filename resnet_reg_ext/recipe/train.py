@@ -264,8 +264,8 @@ def _measured(classifier: Classifier, images: Images, device: torch.device, epoc
     return Best(epoch, zeros, confusion, test, error if math.isfinite(error) else None)
 
 
-def check(run: Run) -> None:
-    """Refuses a run that can't be made, for its machine, data or weights.
+def check(run: Run) -> tuple[Images, Classifier]:
+    """Refuses a run that can't be made, for its machine, data or weights; else what it begins with.
 
     Raises:
         RecipeError: says what to put right.
@@ -274,7 +274,9 @@ def check(run: Run) -> None:
     run = settled(run)
     images = load_images(run)
     check_images(run, images)
-    load_weights(Classifier(run, images.classes), run.weights)
+    classifier = Classifier(run, images.classes)
+    load_weights(classifier, run.weights)
+    return images, classifier
 
 
 def predict(

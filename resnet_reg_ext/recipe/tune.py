@@ -20,15 +20,12 @@ import numpy as np
 from .callbacks import Stopped
 from .checks import settled
 from .compare import Planned, begun, compare
-from .data import load_images
 from .files import RecipeError, is_unused, prepare_folder, write_text
 from .forecast import count_steps, l1_for_share, travel
-from .model import Classifier
 from .processes import is_rank_zero
 from .results import Result, to_json
 from .settings import OPTIONS_FILES, Run, same_run, save_options
-from .train import finish, train
-from .weights import load_weights
+from .train import check, finish, train
 
 REGULARISERS = ("L2", "L1", "elastic net")
 # L1's grid goes from a tenth to thrice the strength that reaches this share of the initial weights;
@@ -66,9 +63,7 @@ class Trial:
 
 def grids(run: Run, points: int) -> dict[str, list[tuple[float, float]]]:
     """(l1, weight decay) of each regulariser, weakest first, evenly spaced in their logarithms."""
-    images = load_images(run)
-    classifier = Classifier(run, images.classes)
-    load_weights(classifier, run.weights)
+    images, classifier = check(run)
     steps = count_steps(run, len(images.train))
     share = _SHARE_FROM_SCRATCH if run.weights == "none" else _SHARE
     middle, moved = l1_for_share(classifier, steps, share), travel(run, steps)
@@ -333,7 +328,7 @@ def tuned_comparison(
     # Written once the first run is known to be right, and before the first one can be stopped.
     settings = {**asdict(settled(run)), "seeds": seeds, "tune": True, "rule": rule}
     settings |= asdict(budget)
-    load_images(settled(run))
+    check(run)
     if is_rank_zero():
         prepare_folder(out, 0)
         save_options(settings, out / OPTIONS_FILES["compare"])

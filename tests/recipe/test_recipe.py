@@ -84,6 +84,8 @@ def trained(tmp_path_factory):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+    # Something is said before the libraries are loaded, which takes seconds.
+    assert stopped.stdout.readline() == "resnet-reg train: loading PyTorch and Lightning\n"
     for line in stopped.stdout:
         if "epoch 1:" in line:
             stopped.send_signal(signal.SIGINT)
@@ -187,6 +189,9 @@ def test_compare_prints_a_verdict_and_writes_its_plots(tmp_path, capsys):
     assert cli.main(["compare", *options, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "This is one seed" in said
+    first = said.partition("[1 of 4]")[0]
+    assert "4 runs of 2 steps, one after the other: about 1 minute if nothing else" in first
+    assert "GB of memory" in first
     assert "no unbiased" not in said
     for name in ("training_curves", "gap_bars", "confusion", "sparsity_by_layer"):
         assert (out / f"{name}.png").read_bytes().startswith(PNG)

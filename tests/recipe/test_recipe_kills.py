@@ -216,8 +216,8 @@ def test_a_comparison_killed_at_any_write_ends_as_one_that_went_through(tmp_path
     out = tmp_path / "killed"
     begin = ["compare", *arguments(run), "--out", str(out)]
     resume = ["compare", "--resume", str(out)]
-    # compare.yaml; the first run's run.yaml, last.ckpt, result.json and last.ckpt cut down; the
-    # second's run.yaml and last.ckpt.
+    # compare.yaml; the first run's run.yaml, best.ckpt, last.ckpt, result.json and last.ckpt cut
+    # down.
     for nth, command in ((1, begin), (3, begin), (4, resume), (5, resume), (4, resume)):
         if (out / "compare.yaml").exists() and command is begin:
             command = resume

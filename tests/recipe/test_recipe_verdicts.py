@@ -146,7 +146,7 @@ def test_a_control_that_stopped_early_needs_no_run():
     assert stopping.reported.last == early.last
     assert end.stopped_early == end
     rows = reported({"none": [whole], "L1": [whole]})
-    assert list(rows) == ["none", "none, stopped early", "L1"]
+    assert list(rows) == ["none", "L1", "none, stopped early"]
     assert list(reported({"none": [stopping], "L1": [stopping]})) == ["none", "L1"]
 
 
