@@ -123,7 +123,7 @@ def tune(
     plan = _planned(run, grid, out, warm=warm)
     options = {k: v for k, v in asdict(run).items() if k not in ("l1", "weight_decay")}
     options |= {**asdict(budget), "warm": warm, "rule": rule}
-    with begun(plan, out, OPTIONS_FILES["tune"], options, resume, kept=2):
+    with begun(plan, out, OPTIONS_FILES["tune"], options, resume, None if warm else 2):
         trials = _try(plan, budget, out, resume=resume)
         chosen = {
             name: _chosen([t for t in trials if t.name in ("none", name)], rule) for name in grid
@@ -153,6 +153,8 @@ def _planned(
 def _try(plan: Sequence[Planned], budget: Budget, out: Path, *, resume: bool) -> list[Trial]:
     """Trains what the budget allows and isn't finished."""
     trials: list[Trial] = []
+    # Weights to start the next one from are kept, else results alone.
+    keep = "weights" if any(planned.start for planned in plan) else "result"
     spent = _Spent(out / "seconds.json")
     steps = 0
     for index, planned in enumerate(plan):
@@ -162,8 +164,6 @@ def _try(plan: Sequence[Planned], budget: Budget, out: Path, *, resume: bool) ->
             if is_rank_zero():
                 print(f"\nthe budget ends here, with {index} of {len(plan)} runs made", flush=True)
             break
-        warm = planned.start is not None or any(p.start == planned.folder for p in plan)
-        keep = "weights" if warm else "result"
         if done:
             result = finish(planned.folder, keep)
             if other := same_run(result.run, planned.run):

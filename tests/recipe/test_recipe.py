@@ -229,7 +229,7 @@ def test_compare_prints_a_verdict_and_writes_its_plots(tmp_path, capsys):
     [
         (["--data", "/no/where"], "--data /no/where is not a folder"),
         (["--weights", "/no/where"], "is not a file"),
-        (["--train-size", "1000000"], "with --train-size 1000000"),
+        (["--train-size", "1000000"], "--train-size 1000000"),
         (["--batch-size", "1000000"], "--batch-size"),
     ],
     ids=["data", "weights", "train-size", "batch-size"],

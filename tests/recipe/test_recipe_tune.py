@@ -188,19 +188,39 @@ def test_a_search_stops_resumes_and_writes_what_train_and_compare_take(searched,
         assert len(made_run["test"]["right"]) == 12
 
 
-def test_test_images_do_not_change_what_is_chosen(searched, tmp_path):
+def test_a_tuned_comparison_chooses_without_the_test_images(searched, tmp_path, capsys):
     """The search is made again with other test images, whose labels are all wrong."""
-    root, run = searched
+    root, _ = searched
     made = json.loads((root / "tune" / "tune.json").read_text())["trials"]
-    data = tmp_path / "data"
+    data, out = tmp_path / "data", tmp_path / "out"
     for split in ("train", "val", "test"):
         names = ["b", "a"] if split == "test" else ["a", "b"]
         make_images(data / split, names, count=6, size=8)
-    tune(replace(run, data=str(data)), Budget(points=2, steps=1), tmp_path / "out", resume=False)
-    again = json.loads((tmp_path / "out" / "tune.json").read_text())["trials"]
-    assert len(again) == 4
-    for first, second in zip(made, again, strict=False):
+    arguments = ["compare", "--tune", f"--data={data}", "--image-size=8", "--batch-size=4"]
+    arguments += ["--epochs=1", "--seed=1", "--points=2", "--steps=1", "--accelerator=cpu"]
+    assert cli.main([*arguments, f"--out={out}"]) == 0
+    told = json.loads((out / "tune" / "tune.json").read_text())
+    assert len(told["trials"]) == 4
+    for first, second in zip(made, told["trials"], strict=False):
         assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    # Each arm has its own strength, and was measured on the test images at its end.
+    runs = json.loads((out / "compare.json").read_text())["runs"]
+    for name, chosen in told["chosen"].items():
+        (result,) = runs[name]
+        strengths = (chosen["l1"], chosen["weight_decay"])
+        assert (result["run"]["l1"], result["run"]["weight_decay"]) == strengths
+        assert len(result["test"]["right"]) == 12
+    # What is finished is told again.
+    capsys.readouterr()
+    assert cli.main(["compare", "--resume", str(out)]) == 0
+    assert "[1 of" not in capsys.readouterr().out
+
+
+def test_a_warm_search_starts_each_strength_from_the_one_before(searched, tmp_path, capsys):
+    _, run = searched
+    tune(run, Budget(points=2, steps=1), tmp_path / "out", warm=True, resume=False)
+    said = capsys.readouterr().out
+    assert f"initial weights: {tmp_path / 'out' / 'none' / 'last.ckpt'}, with its class" in said
 
 
 # What is used beside penalties
