@@ -203,6 +203,7 @@ def _compare(arguments: list[str]) -> None:
     _add_search(parser, TUNE_MINUTES)
     _add_out(parser, "out/compare")
     args = _settle(parser, arguments, "compare")
+    _check_search(parser, args)
     run, resume = run_from(args, COMPARED), args.resume is not None
     if args.tune:
         _list_files(
@@ -211,9 +212,20 @@ def _compare(arguments: list[str]) -> None:
             )
         )
         return
-    both = tuple(args.elastic_net) if args.elastic_net else None
+    strengths = {"elastic net": tuple(args.elastic_net)} if args.elastic_net else None
     run = _by_weights(args, run, "l1", "weight_decay")
-    _list_files(compare.compare(run, args.seeds, args.out, resume, both))
+    _list_files(compare.compare(run, args.seeds, args.out, resume, strengths))
+
+
+def _check_search(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuses what a comparison would pass over: strengths with --tune, a budget without."""
+    wrong: tuple[str, ...] = ("l1", "weight_decay", "elastic_net")
+    why = "can't be given with --tune, which finds it"
+    if not args.tune:
+        wrong, why = ("points", "minutes", "steps", "rule"), "is for --tune"
+    for name in wrong:
+        if getattr(args, name) != parser.get_default(name):
+            raise RecipeError(f"{option_name(name)} {why}")
 
 
 def _tune(arguments: list[str]) -> None:

@@ -20,6 +20,8 @@ from .train import FULL_CHECKPOINT, WEIGHTS, check, finish, train
 from .verdicts import Results, conditions, difference, held_out_of, report, verdicts
 
 EARLY = "none, stopped early"
+Strengths = Mapping[str, tuple[float, float]]
+"""l1 and weight decay by the name of an arm."""
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,21 @@ class Planned:
     """A checkpoint to take the weights from."""
 
 
-def arms(run: Run, elastic_net: tuple[float, float] | None = None) -> dict[str, Run]:
+def arms(run: Run, strengths: Strengths | None = None) -> dict[str, Run]:
     """The runs that are compared, by name; a regulariser that is to join them joins them here.
 
     Args:
         run: what they share, and the ``l1`` and ``weight_decay`` of those that have one of them.
-        elastic_net: l1 and weight decay of the arm that has both; None takes the others'.
+        strengths: of arms that have others than those of ``run``.
     """
-    l1, weight_decay = elastic_net or (run.l1, run.weight_decay)
-    return {
-        "none": replace(run, l1=0.0, weight_decay=0.0),
-        "L2": replace(run, l1=0.0),
-        "L1": replace(run, weight_decay=0.0),
-        "elastic net": replace(run, l1=l1, weight_decay=weight_decay),
+    own = {
+        "none": (0.0, 0.0),
+        "L2": (0.0, run.weight_decay),
+        "L1": (run.l1, 0.0),
+        "elastic net": (run.l1, run.weight_decay),
+        **(strengths or {}),
     }
+    return {name: replace(run, l1=l1, weight_decay=decay) for name, (l1, decay) in own.items()}
 
 
 def compare(
@@ -54,7 +57,7 @@ def compare(
     seeds: int,
     out: Path,
     resume: bool = False,
-    elastic_net: tuple[float, float] | None = None,
+    strengths: Strengths | None = None,
 ) -> list[Path]:
     """Trains under none, L2, L1 and elastic net; prints the verdict; returns the files written.
 
@@ -68,7 +71,7 @@ def compare(
             common, and all seeds the test images.
         out: the output folder.
         resume: leave out what is finished there, go on with what isn't.
-        elastic_net: l1 and weight decay of that arm; None takes those of ``run``.
+        strengths: of arms that have others than those of ``run``.
 
     Raises:
         RecipeError: something that the user can put right.
@@ -81,11 +84,10 @@ def compare(
     plan = [
         Planned(name, replace(arm, seed=seed), out / f"seed{seed}" / name.replace(" ", "-"))
         for seed in range(run.seed, run.seed + seeds)
-        for name, arm in arms(run, elastic_net).items()
+        for name, arm in arms(run, strengths).items()
     ]
     options = {**asdict(run), "seeds": seeds}
-    if elastic_net:
-        options["elastic_net"] = list(elastic_net)
+    options |= {n.replace(" ", "_"): list(values) for n, values in (strengths or {}).items()}
     with begun(plan, out, OPTIONS_FILES["compare"], options, resume):
         results = train_all(plan, out, resume)
         return _write_comparison(results, seeds, out) if is_rank_zero() else []

@@ -26,6 +26,7 @@ from .processes import is_rank_zero
 from .results import Result, to_json
 from .settings import OPTIONS_FILES, Run, same_run, save_options
 from .train import check, finish, train
+from .trials import Trial, choose, compare_options, summary
 
 REGULARISERS = ("L2", "L1", "elastic net")
 # L1's grid goes from a tenth to thrice the strength that reaches this share of the initial weights;
@@ -43,22 +44,6 @@ class Budget:
     """Strengths of each regulariser."""
     minutes: float | None = None
     steps: int | None = None
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One strength of one regulariser, and what it gave."""
-
-    name: str
-    place: int
-    """In the grid, from 0; -1 for the run without a penalty."""
-    l1: float
-    weight_decay: float
-    loss: float
-    error: float
-    accuracy: float
-    zeros: float
-    seconds: float
 
 
 def grids(run: Run, points: int) -> dict[str, list[tuple[float, float]]]:
@@ -118,7 +103,9 @@ def tune(
         RecipeError: something that the user can put right.
         Stopped: a signal came.
     """
-    run = settled(replace(run, l1=0.0, weight_decay=0.0, target_sparsity=None))
+    if run.target_sparsity is not None:
+        raise RecipeError("--target-sparsity finds an l1 of its own: there is nothing to tune")
+    run = settled(replace(run, l1=0.0, weight_decay=0.0))
     grid = grids(run, budget.points)
     plan = _planned(run, grid, out, warm=warm)
     options = {k: v for k, v in asdict(run).items() if k not in ("l1", "weight_decay")}
@@ -126,7 +113,7 @@ def tune(
     with begun(plan, out, OPTIONS_FILES["tune"], options, resume, None if warm else 2):
         trials = _try(plan, budget, out, resume=resume)
         chosen = {
-            name: _chosen([t for t in trials if t.name in ("none", name)], rule) for name in grid
+            name: choose([t for t in trials if t.name in ("none", name)], rule) for name in grid
         }
         strengths = {name: (t.l1, t.weight_decay) for name, t in chosen.items()}
         if is_rank_zero():
@@ -242,16 +229,6 @@ def _trial(planned: Planned, result: Result, seconds: float) -> Trial:
     )
 
 
-def _chosen(trials: Sequence[Trial], rule: str) -> Trial:
-    """The trial that a rule chooses; the run without a penalty only sets the mark."""
-    best = min(trials, key=lambda trial: trial.loss)
-    strengths = sorted((t for t in trials if t.place >= 0), key=lambda trial: trial.place)
-    if rule == "best":
-        return min(strengths, key=lambda trial: trial.loss)
-    within = [trial for trial in strengths if trial.loss <= best.loss + best.error]
-    return within[-1] if within else min(strengths, key=lambda trial: trial.loss)
-
-
 def _write(
     run: Run, trials: Sequence[Trial], chosen: Mapping[str, Trial], rule: str, out: Path
 ) -> None:
@@ -267,53 +244,6 @@ def _write(
     save_options(compare_options(run, chosen), out / "tuned-compare.yaml")
 
 
-def compare_options(run: Run, chosen: Mapping[str, Trial]) -> dict[str, Any]:
-    """The options of a comparison with these strengths."""
-    both = chosen["elastic net"]
-    options = asdict(replace(run, l1=chosen["L1"].l1, weight_decay=chosen["L2"].weight_decay))
-    return {**options, "elastic_net": [both.l1, both.weight_decay]}
-
-
-def summary(trials: Sequence[Trial], chosen: Mapping[str, Trial], rule: str) -> str:
-    """What was tried, in a Markdown table, and what was chosen."""
-    head = ["", "l1", "weight decay", "val loss", "± s.e.", "val acc", "zeros", "chosen"]
-    rows = [head]
-    for trial in sorted(trials, key=lambda t: (["none", *chosen].index(t.name), t.place)):
-        mark = "yes" if chosen.get(trial.name) == trial else ""
-        figures = [f"{trial.loss:.3f}", f"{trial.error:.3f}", f"{trial.accuracy:.3f}"]
-        strengths = [f"{trial.l1:g}", f"{trial.weight_decay:g}"]
-        rows.append([trial.name, *strengths, *figures, f"{trial.zeros:.3f}", mark])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, " | ".join("-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)))
-    how = (
-        "the strongest penalty whose validation loss is within one standard error of the lowest"
-        if rule == "1se"
-        else "the lowest validation loss"
-    )
-    lines = [f"| {line} |" for line in lines]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"- Chosen: {how}, the run without a penalty counted in. Validation images alone were "
-            "looked at.",
-            *_at_the_edge(trials, chosen),
-        ]
-    )
-
-
-def _at_the_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[str]:
-    """Notes on choices beside which nothing was tried."""
-    notes = []
-    for name, trial in chosen.items():
-        places = [t.place for t in trials if t.name == name]
-        if len(places) > 1 and trial.place in (min(places), max(places)):
-            end = "strongest" if trial.place == max(places) else "weakest"
-            notes.append(f"- {name}: the {end} that was tried; a better one may lie beyond it.")
-    return notes
-
-
 def tuned_comparison(
     run: Run, seeds: int, budget: Budget, out: Path, *, rule: str = "1se", resume: bool
 ) -> list[Path]:
@@ -326,8 +256,8 @@ def tuned_comparison(
     if not resume and not is_unused(out) and is_rank_zero():
         raise RecipeError(f"--out {out} isn't empty: give another, or --resume {out}")
     # Written once the first run is known to be right, and before the first one can be stopped.
-    settings = {**asdict(settled(run)), "seeds": seeds, "tune": True, "rule": rule}
-    settings |= asdict(budget)
+    settings = {k: v for k, v in asdict(settled(run)).items() if k not in ("l1", "weight_decay")}
+    settings |= {"seeds": seeds, "tune": True, "rule": rule, **asdict(budget)}
     check(run)
     if is_rank_zero():
         prepare_folder(out, 0)
@@ -338,4 +268,5 @@ def tuned_comparison(
     except Stopped as stopped:
         raise Stopped(stopped.number, out) from None
     tuned = replace(run, l1=found["L1"][0], weight_decay=found["L2"][1])
-    return compare(tuned, seeds, out, resume=True, elastic_net=found["elastic net"])
+    both = {"elastic net": found["elastic net"]}
+    return compare(tuned, seeds, out, resume=True, strengths=both)

@@ -258,7 +258,10 @@ def test_the_commands_of_the_readme_in_their_order(tmp_path, capsys, monkeypatch
     assert (tmp_path / "out" / "run" / "evaluate" / "confusion.png").is_file()
     small = ["--image-size", "16"]
     assert cli.main(["compare", *few, *small, "--out", "out/compare"]) == 0
-    assert "label made wrong" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "label made wrong" not in said
+    (l1,) = re.findall(r"strengths by the initial weights: --l1 (\S+), --weight-decay", said)
+    assert re.findall(rf"l1 {l1} reaches (33\.|32\.|34\.)", said)
     assert "`compare`'s: resnet-reg compare --resume out/compare" in refused(
         ["train", "--resume", "out/compare"], capsys
     )

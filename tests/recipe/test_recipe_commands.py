@@ -191,6 +191,10 @@ def test_fewer_images_than_processes_are_refused(devices, images, size, tmp_path
         ),
         (["compare", "--l1", "0"], "compare needs --l1 and --weight-decay above 0"),
         (["path", "--l1", "1", "0"], "--l1 must increase, got 1 0"),
+        (["compare", "--tune", "--l1", "1"], "--l1 can't be given with --tune, which finds it"),
+        (["compare", "--points", "3"], "--points is for --tune"),
+        (["tune", "--target-sparsity", "0.5"], "there is nothing to tune"),
+        (["tune", "--lr", "0", "--accelerator", "cpu"], "--lr 0 has nothing to tune"),
     ],
 )
 def test_wrong_options_are_named(arguments, words, capsys, tmp_path, monkeypatch):

@@ -110,6 +110,14 @@ def test_forms_of_digits_are_told_from_their_labels():
     for begin, end in pairwise((*FORMS, len(targets))):
         assert 122 <= end - begin <= 130
         assert targets[begin:end].count("9095565098984177") == 1
+    # Their nearest neighbours tell that a form is of one hand: by chance 1 of 14 would be in it.
+    data, target = load_digits(return_X_y=True)
+    squares = (data**2).sum(1)
+    distances = squares[:, None] + squares - 2 * data @ data.T
+    distances[target[:, None] != target] = np.inf
+    np.fill_diagonal(distances, np.inf)
+    form = np.searchsorted(FORMS, np.arange(len(data)), side="right")
+    assert (form[distances.argmin(1)] == form).mean() > 0.5
     images = load_images(Run(group_by=r"writer\d+"))
     forms = [len(part.groups.unique()) for part in (images.train, images.validation, images.test)]
     assert forms == [2, 5, 7]

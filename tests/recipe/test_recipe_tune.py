@@ -19,7 +19,8 @@ from resnet_reg_ext.recipe.model import Classifier
 from resnet_reg_ext.recipe.results import Result
 from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import train
-from resnet_reg_ext.recipe.tune import Budget, Trial, _chosen, order, tune
+from resnet_reg_ext.recipe.trials import Trial, choose
+from resnet_reg_ext.recipe.tune import Budget, order, tune
 from resnet_reg_ext.sparsity import sparsity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,11 +126,11 @@ def test_the_rule_takes_the_strongest_within_one_standard_error_of_the_lowest():
     none = trial(-1, 1.2, name="none")
     losses = [1.1, 1.0, 1.05, 1.09, 1.3, math.inf]
     trials = [none, *(trial(place, loss) for place, loss in enumerate(losses))]
-    assert _chosen(trials, "1se").place == 3
-    assert _chosen(trials, "best").place == 1
+    assert choose(trials, "1se").place == 3
+    assert choose(trials, "best").place == 1
     # The run without a penalty sets the mark too, and is none of the strengths.
-    assert _chosen([trial(-1, 0.5, name="none"), *trials[1:]], "1se").place == 1
-    assert _chosen([trial(-1, 1.0, 0.15, name="none"), *trials[1:]], "1se").place == 3
+    assert choose([trial(-1, 0.5, name="none"), *trials[1:]], "1se").place == 1
+    assert choose([trial(-1, 1.0, 0.15, name="none"), *trials[1:]], "1se").place == 3
 
 
 @pytest.mark.parametrize("points", [2, 3, 5, 8])
@@ -221,6 +222,27 @@ def test_a_warm_search_starts_each_strength_from_the_one_before(searched, tmp_pa
     tune(run, Budget(points=2, steps=1), tmp_path / "out", warm=True, resume=False)
     said = capsys.readouterr().out
     assert f"initial weights: {tmp_path / 'out' / 'none' / 'last.ckpt'}, with its class" in said
+
+
+def test_a_search_stops_at_a_signal_and_goes_on(searched, tmp_path, monkeypatch):
+    _, run = searched
+
+    def signalled(run, folder, **options):
+        return train(run, folder, **options, callbacks=[Signal(2, 2)])
+
+    out = tmp_path / "out"
+    monkeypatch.setattr("resnet_reg_ext.recipe.tune.train", signalled)
+    with pytest.raises(Stopped) as stopped:
+        tune(run, Budget(points=2, steps=1), out, resume=False)
+    monkeypatch.undo()
+    assert stopped.value.folder == out
+    assert (out / "none" / "last.ckpt").is_file()
+    assert cli.main(["tune", "--resume", str(out)]) == 0
+    whole, again = (
+        json.loads((folder / "tune.json").read_text())["trials"]
+        for folder in (searched[0] / "tune", out)
+    )
+    assert [{**t, "seconds": 0} for t in again] == [{**t, "seconds": 0} for t in whole[:4]]
 
 
 # What is used beside penalties
