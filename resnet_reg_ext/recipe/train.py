@@ -95,24 +95,29 @@ def train(
             save_options(asdict(run), out / OPTIONS_FILES["train"])
             for line in (*describe(run, images), weights, *ahead):
                 print(f"  {line}", flush=True)
-        history = History()
-        checkpoints = Checkpoints(out)
-        ours = [history, checkpoints, Watch()]
-        if run.early_stopping:
-            ours.append(Patience(run.early_stopping))
+        history, checkpoints = History(), Checkpoints(out)
+        around = [history, checkpoints, *_patience(run), Watch(), *callbacks]
         # Last: what it saves has then been counted, what the bar shows has been saved.
-        ours += [*callbacks, StopOnSignal(last), Progress(name)]
-        trainer = _trainer(run, out, ours)
+        trainer = _trainer(run, out, [*around, StopOnSignal(last), Progress(name)])
         _fit(trainer, classifier, ImageData(images, run), last if resume else None, history)
         result = _result(images, classifier, history, checkpoints, trainer)
         if is_rank_zero():
-            for line in outcome(result):
-                print(f"  {line}", flush=True)
-            # In this order: what has no result yet can still be resumed. A run that is killed
-            # between both is finished by ``finish``.
-            result.save(out)
-            _keep(out, keep)
+            _end(result, out, keep)
     return result
+
+
+def _end(result: Result, out: Path, keep: str) -> None:
+    """Says how a run went, and leaves its result."""
+    for line in outcome(result):
+        print(f"  {line}", flush=True)
+    # In this order: what has no result yet can still be resumed. A run that is killed between both
+    # is finished by ``finish``.
+    result.save(out)
+    _keep(out, keep)
+
+
+def _patience(run: Run) -> list[Callback]:
+    return [Patience(run.early_stopping)] if run.early_stopping else []
 
 
 def _keep(out: Path, keep: str) -> None:
