@@ -235,6 +235,8 @@ def _tune(arguments: list[str]) -> None:
     parser.add_argument("--warm", action="store_true", help="start each from the one before")
     _add_out(parser, "out/tune")
     args = _settle(parser, arguments, "tune")
+    if args.weight_decay is not None:
+        raise RecipeError("--weight-decay can't be given: it is one of the strengths to find")
     run, resume = run_from(args, COMPARED, l1=0.0), args.resume is not None
     tune.tune(run, _budget(args), args.out, warm=args.warm, rule=args.rule, resume=resume)
     _list_files(sorted(args.out.glob("tune*")))

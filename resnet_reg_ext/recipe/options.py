@@ -23,7 +23,7 @@ from .settings import (
 )
 
 # A strength that depends on the initial weights: see forecast.default_strengths.
-BY_WEIGHTS = "by the initial weights, a third of which l1 then reaches,"
+BY_WEIGHTS = "by the initial weights"
 # By group, each option's help; %(default)s is left to add_run_options.
 _HELP = {
     "data": {

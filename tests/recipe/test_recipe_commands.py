@@ -193,6 +193,7 @@ def test_fewer_images_than_processes_are_refused(devices, images, size, tmp_path
         (["path", "--l1", "1", "0"], "--l1 must increase, got 1 0"),
         (["compare", "--tune", "--l1", "1"], "--l1 can't be given with --tune, which finds it"),
         (["compare", "--points", "3"], "--points is for --tune"),
+        (["tune", "--weight-decay", "1"], "--weight-decay can't be given"),
         (["tune", "--target-sparsity", "0.5"], "there is nothing to tune"),
         (["tune", "--lr", "0", "--accelerator", "cpu"], "--lr 0 has nothing to tune"),
     ],
