@@ -72,7 +72,7 @@ def _checked(action: Callable[[], str]) -> str:
 
 def _state(path: Path) -> dict[str, Tensor]:
     """A file's ResNet-50; 16-bit weights in float32, as `train --weights` reads them."""
-    state, _ = read_state(path)
+    state, *_ = read_state(path)
     return {
         name: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
         for name, value in state.items()
