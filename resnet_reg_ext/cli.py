@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
@@ -93,7 +94,8 @@ def _recipe(command: str, arguments: Sequence[str]) -> int:
 
 def say_that_imports_take_a_while(command: str) -> None:
     """So that something is seen at once, before the first figure comes."""
-    if f"{__package__}.recipe.train" not in sys.modules:
+    is_there = importlib.util.find_spec("lightning") is not None
+    if is_there and f"{__package__}.recipe.train" not in sys.modules:
         with contextlib.suppress(OSError):
             print(f"resnet-reg {command}: loading PyTorch and Lightning", flush=True)
 

@@ -149,6 +149,7 @@ def _compare(arguments: list[str]) -> None:
     if args.tune:
         budget = _budget(args)
         written = tuned_comparison(run, args.seeds, budget, args.out, rule=args.rule, resume=resume)
+        list_with_report(sorted((args.out / "tune").glob("tune*")), args.out / "tune")
         list_with_report(written, args.out)
         return
     strengths = {"elastic net": tuple(args.elastic_net)} if args.elastic_net else None

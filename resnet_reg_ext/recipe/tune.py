@@ -26,6 +26,7 @@ from .results import Result, to_json
 from .settings import OPTIONS_FILES, Run, same_run, save_options
 from .train import check, finish, train
 from .trials import Trial, choose, compare_options, summary
+from .verdicts import conditions
 
 REGULARISERS = ("L2", "L1", "elastic net")
 # L1's grid goes from a tenth to thrice the strength that reaches this share of the initial weights;
@@ -128,12 +129,17 @@ def _planned(
     for place in order(points, warm=warm):
         for name, strengths in grid.items():
             l1, weight_decay = strengths[place]
-            folder = out / f"{name.replace(' ', '-')}-{place + 1}"
-            before = out / f"{name.replace(' ', '-')}-{place}" if place else out / "none"
+            folder = out / _folder_of(name, place)
+            before = out / (_folder_of(name, place - 1) if place else "none")
             start = before / "last.ckpt" if warm else None
             trial = replace(run, l1=l1, weight_decay=weight_decay)
             plan.append(Planned(name, trial, folder, start))
     return plan
+
+
+def _folder_of(name: str, place: int) -> str:
+    """The folder's name of a strength; ``place`` is -1 of the run without a penalty."""
+    return "none" if place < 0 else f"{name.replace(' ', '-')}-{place + 1}"
 
 
 def _try(plan: Sequence[Planned], budget: Budget, out: Path, *, resume: bool) -> list[Trial]:
@@ -231,10 +237,13 @@ def _trial(planned: Planned, result: Result, seconds: float) -> Trial:
 def _write(
     run: Run, trials: Sequence[Trial], chosen: Mapping[str, Trial], rule: str, out: Path
 ) -> None:
-    text = summary(trials, chosen, rule)
+    told = {"none": trials[0], **chosen}
+    results = {name: [Result.load(out / _folder_of(t.name, t.place))] for name, t in told.items()}
+    text = f"{conditions(results)}\n\n{summary(trials, chosen, rule)}"
     print(f"\n{text}")
     content: dict[str, Any] = {"rule": rule, "trials": [asdict(t) for t in trials]}
     content["chosen"] = {name: asdict(trial) for name, trial in chosen.items()}
+    content["runs"] = {name: [asdict(result) for result in rs] for name, rs in results.items()}
     write_text(out / "tune.json", to_json(content, indent=1))
     write_text(out / "tune.md", text + "\n")
     for name, trial in chosen.items():

@@ -168,6 +168,10 @@ def test_a_search_stops_resumes_and_writes_what_train_and_compare_take(searched,
         option = ["--config", str(out / f"tuned-{name.replace(' ', '-')}.yaml")]
         content = yaml.safe_load((out / option[1]).read_text())
         assert (content["l1"], content["weight_decay"]) == (chosen["l1"], chosen["weight_decay"])
+    report = (out / "report.html").read_text()
+    assert "12 training images, 12 validation images, no test images" in report
+    assert "the strongest penalty whose validation loss" in report
+    assert [name for name in ("none", "L2", "L1", "elastic net") if f">{name}<" not in report] == []
     assert not list(out.rglob("*.ckpt"))
     assert all(Result.load(folder).test is None for folder in out.iterdir() if folder.is_dir())
     # What is finished is not made again; more budget goes on where it ended.
