@@ -32,6 +32,6 @@ The modules, in the order of a run:
   in an output folder;
 - ``compaction``, ``onnx_export``, ``latency``, ``cost``: a checkpoint with fewer channels, in other
   formats, its time and its size;
-- ``command_line``, ``commands``, and ``training_``, ``channel_commands``, ``patch_command``: the
-  command line.
+- ``command_line``, ``commands``, ``training_commands``, ``channel_commands`` and
+  ``patch_command``: the command line.
 """

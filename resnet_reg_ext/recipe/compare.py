@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from . import plots
 from .ahead import cost
@@ -34,8 +35,19 @@ class Planned:
     """A checkpoint to take the weights from."""
 
 
+TOWARD_START = ("L2-SP", "L1-SP")
+
+
+def pulls_to_start(run: Run) -> bool:
+    """Whether there are arms whose weights are pulled towards the initial ones."""
+    return run.weights != "none" and run.channels is None and run.target_sparsity is None
+
+
 def arms(run: Run, strengths: Strengths | None = None) -> dict[str, Run]:
     """The runs that are compared, by name; a regulariser that is to join them joins them here.
+
+    Where the initial weights are given, "L2-SP" and "L1-SP" are L2 and L1 of what was changed of
+    them.
 
     Args:
         run: what they share, and the ``l1`` and ``weight_decay`` of those that have one of them.
@@ -46,9 +58,26 @@ def arms(run: Run, strengths: Strengths | None = None) -> dict[str, Run]:
         "L2": (0.0, run.weight_decay),
         "L1": (run.l1, 0.0),
         "elastic net": (run.l1, run.weight_decay),
-        **(strengths or {}),
     }
-    return {name: replace(run, l1=l1, weight_decay=decay) for name, (l1, decay) in own.items()}
+    if pulls_to_start(run):
+        own |= {"L2-SP": (0.0, run.weight_decay), "L1-SP": (run.l1, 0.0)}
+    own |= strengths or {}
+    return {name: replace(run, **strength_of(name, *values)) for name, values in own.items()}
+
+
+def strength_of(arm: str, l1: float, weight_decay: float) -> dict[str, Any]:
+    """The settings in which an arm differs from the others."""
+    toward = "start" if arm in TOWARD_START else "zero"
+    return {"l1": l1, "weight_decay": weight_decay, "toward": toward}
+
+
+def strength_options(strengths: Strengths) -> dict[str, Any]:
+    """The strengths of arms as options of ``compare``."""
+    options: dict[str, Any] = {}
+    for name, (l1, weight_decay) in strengths.items():
+        option = name.lower().replace(" ", "_").replace("-", "_")
+        options[option] = {"L2-SP": weight_decay, "L1-SP": l1}.get(name, [l1, weight_decay])
+    return options
 
 
 def compare(
@@ -58,7 +87,7 @@ def compare(
     resume: bool = False,
     strengths: Strengths | None = None,
 ) -> list[Path]:
-    """Trains under none, L2, L1 and elastic net; prints the verdict; returns the files written.
+    """Trains under none, L2, L1, elastic net; prints the verdict; returns the files written.
 
     "none, stopped early" is the run without a penalty at the epoch that the validation images
     choose, which takes no run of its own.
@@ -86,7 +115,7 @@ def compare(
         for name, arm in arms(run, strengths).items()
     ]
     options = {**asdict(run), "seeds": seeds}
-    options |= {n.replace(" ", "_"): list(values) for n, values in (strengths or {}).items()}
+    options |= strength_options(strengths or {})
     with begun(plan, out, OPTIONS_FILES["compare"], options, resume):
         results = train_all(plan, out, resume)
         return _write_comparison(results, seeds, out) if is_rank_zero() else []

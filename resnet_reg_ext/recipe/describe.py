@@ -44,6 +44,8 @@ def describe(run: Run, images: Images) -> list[str]:
     if used:
         options = ", ".join(f"{option_name(name)} {getattr(run, name)}" for name in used)
         lines.append(f"beside it: {options}")
+    if run.toward == "start":
+        lines.append("weights are pulled towards their initial values, not towards zero")
     if run.steered_to is not None:
         lines.append(f"l1 is steered until {run.steered_to:.1%} of the weights are zero")
     return [*lines, *images.notes, *filter(None, [ignored_ranks()])]

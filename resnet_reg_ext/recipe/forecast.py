@@ -93,7 +93,7 @@ def _weights(classifier: Classifier) -> dict[str, Tensor]:
 def foretold(classifier: Classifier, steps: int) -> list[str]:
     """What the user should know of a run's l1 before it begins."""
     run = classifier.run
-    if not run.l1 or run.steered_to is not None:
+    if not run.l1 or run.steered_to is not None or run.toward == "start":
         return []
     ahead = forecast(classifier, steps)
     grown = " (weights that are random at the start grow: fewer will)" if _from_scratch(run) else ""

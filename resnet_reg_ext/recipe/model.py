@@ -76,7 +76,13 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """``ProxSGD``; norms and biases are in a group of their own that is not regularised."""
-        groups = param_groups(self.model, l1=self.run.l1, weight_decay=self.run.weight_decay)
+        groups = param_groups(
+            self.model,
+            l1=self.run.l1,
+            weight_decay=self.run.weight_decay,
+            toward=self.run.toward,
+            new="fc.*" if self.run.toward == "start" else (),
+        )
         target = self.run.steered_to
         optimizer = ProxSGD(
             groups,

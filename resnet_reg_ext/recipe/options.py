@@ -60,6 +60,8 @@ _HELP = {
         "so that the model gets smaller and epochs cheaper; needs the extra 'compact'",
         "method": "how channels are chosen: by the Taylor expansion of the loss",
         "weight_decay": "coefficient of half the squared L2 norm",
+        "toward": "what l1 and weight decay pull the weights towards: zero, or their initial "
+        "values (start), those of a new class head excepted",
         "lr": "learning rate at the start; falls to 0 along a cosine",
         "warmup": "epochs over which the learning rate rises from near 0 first",
         "momentum": "momentum",

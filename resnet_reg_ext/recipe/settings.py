@@ -52,6 +52,7 @@ class Run:
     channels: float | None = None
     method: str = "taylor"
     weight_decay: float = 0.0
+    toward: str = "zero"
     lr: float = 0.02
     warmup: float = 0.0
     momentum: float = 0.9
@@ -193,6 +194,7 @@ RULES: dict[str, Number | Choice | Text] = {
     "channels": Number(float, 0, 0.85, above=True),
     "method": Choice(METHODS),
     "weight_decay": _RATE,
+    "toward": Choice(("zero", "start")),
     "lr": _RATE,
     "warmup": _RATE,
     "momentum": Number(float, 0, 1, below=True),
@@ -258,12 +260,24 @@ def check_run(run: Run, where: str = "") -> None:
         raise RecipeError(
             f"{where}--warmup {run.warmup:g} must be less than the {run.epochs} of --epochs"
         )
+    if run.toward == "start":
+        _check_start(run, where)
     shares = [share for share in (run.val_fraction, run.test_fraction) if share is not None]
     if sum(shares) >= 1:
         raise RecipeError(
             f"{where}--val-fraction {shares[0]} and --test-fraction {shares[1]} leave nothing to "
             "train on"
         )
+
+
+def _check_start(run: Run, where: str) -> None:
+    for wrong, option, reason in (
+        (run.weights == "none", "--weights none", "there is no start worth keeping to"),
+        (run.target_sparsity is not None, "--target-sparsity", "it asks for zeros"),
+        (run.channels is not None, "--channels", "channels that are taken out have no start"),
+    ):
+        if wrong:
+            raise RecipeError(f"{where}--toward start can't be combined with {option}: {reason}")
 
 
 def expanded(path: str) -> Path:

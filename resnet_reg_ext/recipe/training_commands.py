@@ -132,6 +132,13 @@ def _compare(arguments: list[str]) -> None:
         metavar=("L1", "WD"),
         help="l1 and weight decay of the arm that has both (default: --l1 and --weight-decay)",
     )
+    for name, kind in (("l2", "weight decay"), ("l1", "l1")):
+        parser.add_argument(
+            f"--{name}-sp",
+            type=Number(float, 0, above=True),
+            help=f"{kind} of the arm {name.upper()}-SP, which pulls towards the initial weights "
+            f"where --weights gives any (default: --{kind.replace(' ', '-')})",
+        )
     parser.add_argument(
         "--tune",
         action="store_true",
@@ -141,8 +148,9 @@ def _compare(arguments: list[str]) -> None:
     add_out(parser, "out/compare")
     args = settle(parser, arguments, "compare")
     _check_search(parser, args)
+    _check_toward(args)
     import_libraries()
-    from .compare import compare
+    from .compare import TOWARD_START, compare, pulls_to_start
     from .tune import tuned_comparison
 
     run, resume = run_from(args, COMPARED), args.resume is not None
@@ -152,20 +160,32 @@ def _compare(arguments: list[str]) -> None:
         list_with_report(sorted((args.out / "tune").glob("tune*")), args.out / "tune")
         list_with_report(written, args.out)
         return
-    strengths = {"elastic net": tuple(args.elastic_net)} if args.elastic_net else None
+    strengths = {"elastic net": tuple(args.elastic_net)} if args.elastic_net else {}
+    strengths |= {"L2-SP": (0.0, args.l2_sp)} if args.l2_sp else {}
+    strengths |= {"L1-SP": (args.l1_sp, 0.0)} if args.l1_sp else {}
+    for name in set(TOWARD_START) & set(strengths):
+        if not pulls_to_start(run):
+            raise RecipeError(
+                f"--{name.lower()} needs --weights, and neither --channels nor --target-sparsity"
+            )
     run = _by_weights(args, run, "l1", "weight_decay")
     list_with_report(compare(run, args.seeds, args.out, resume, strengths), args.out)
 
 
 def _check_search(parser: Parser, args: argparse.Namespace) -> None:
     """Refuses what a comparison would pass over: strengths with --tune, a budget without."""
-    wrong: tuple[str, ...] = ("l1", "weight_decay", "elastic_net")
+    wrong: tuple[str, ...] = ("l1", "weight_decay", "elastic_net", "l2_sp", "l1_sp")
     why = "can't be given with --tune, which finds it"
     if not args.tune:
         wrong, why = ("points", "minutes", "steps", "rule"), "is for --tune"
     for name in wrong:
         if getattr(args, name) != parser.get_default(name):
             raise RecipeError(f"{option_name(name)} {why}")
+
+
+def _check_toward(args: argparse.Namespace) -> None:
+    if args.toward != "zero":
+        raise RecipeError("--toward start is for train and path: here arms differ in it")
 
 
 def _tune(arguments: list[str]) -> None:
@@ -175,6 +195,7 @@ def _tune(arguments: list[str]) -> None:
     parser.add_argument("--warm", action="store_true", help="start each from the one before")
     add_out(parser, "out/tune")
     args = settle(parser, arguments, "tune")
+    _check_toward(args)
     if args.weight_decay is not None:
         raise RecipeError("--weight-decay can't be given: it is one of the strengths to find")
     if args.warm and args.channels is not None:
@@ -208,6 +229,8 @@ def _path(arguments: list[str]) -> None:
     args = settle(parser, arguments, "path")
     if args.warm and args.channels is not None:
         raise RecipeError(_NO_CHANNELS)
+    if args.warm and args.toward == "start":
+        raise RecipeError("--toward start isn't for --warm: runs start from each other's weights")
     l1s = args.l1
     if l1s is not None and l1s != sorted(set(l1s)):
         raise RecipeError(f"--l1 must increase, got {' '.join(f'{v:g}' for v in l1s)}")

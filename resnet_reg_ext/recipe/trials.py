@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .compare import strength_options
 from .settings import Run
 
 
@@ -37,9 +38,9 @@ def choose(trials: Sequence[Trial], rule: str) -> Trial:
 
 def compare_options(run: Run, chosen: Mapping[str, Trial]) -> dict[str, Any]:
     """The options of a comparison with these strengths."""
-    both = chosen["elastic net"]
     options = asdict(replace(run, l1=chosen["L1"].l1, weight_decay=chosen["L2"].weight_decay))
-    return {**options, "elastic_net": [both.l1, both.weight_decay]}
+    others = {n: (t.l1, t.weight_decay) for n, t in chosen.items() if n not in ("L1", "L2")}
+    return {**options, **strength_options(others)}
 
 
 def summary(trials: Sequence[Trial], chosen: Mapping[str, Trial], rule: str) -> str:

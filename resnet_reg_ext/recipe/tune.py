@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .checks import settled
-from .compare import Planned, begun, compare
+from .compare import TOWARD_START, Planned, begun, compare, pulls_to_start, strength_of
 from .files import RecipeError, Stopped, is_unused, prepare_folder, write_text
 from .forecast import count_steps, l1_for_share, travel
 from .processes import is_rank_zero
@@ -28,7 +28,6 @@ from .train import check, finish, train
 from .trials import Trial, choose, compare_options, summary
 from .verdicts import conditions
 
-REGULARISERS = ("L2", "L1", "elastic net")
 # L1's grid goes from a tenth to thrice the strength that reaches this share of the initial weights;
 # from scratch the weights grow first, so that most of them must be within reach.
 _SHARE, _SHARE_FROM_SCRATCH = 1 / 3, 0.9
@@ -56,7 +55,7 @@ def grids(run: Run, points: int) -> dict[str, list[tuple[float, float]]]:
         raise RecipeError("--lr 0 has nothing to tune: no strength moves a weight")
     l1s = [_rounded(middle * f) for f in np.logspace(*_L1_DECADES, points)]
     decays = [_rounded(_DECAYED / moved * f) for f in np.logspace(*_L2_DECADES, points)]
-    return {
+    found = {
         "L2": [(0.0, decay) for decay in decays],
         "L1": [(l1, 0.0) for l1 in l1s],
         # One line through the plane, so that it costs no more than the others.
@@ -64,6 +63,9 @@ def grids(run: Run, points: int) -> dict[str, list[tuple[float, float]]]:
             (_rounded(l1 / 2), _rounded(decay / 2)) for l1, decay in zip(l1s, decays, strict=True)
         ],
     }
+    if pulls_to_start(run):
+        found |= {"L2-SP": found["L2"], "L1-SP": found["L1"]}
+    return found
 
 
 def _rounded(value: float) -> float:
@@ -107,6 +109,8 @@ def tune(
         raise RecipeError("--target-sparsity finds an l1 of its own: there is nothing to tune")
     run = settled(replace(run, l1=0.0, weight_decay=0.0))
     grid = grids(run, budget.points)
+    if warm:  # they start from other weights than those to be pulled to
+        grid = {name: values for name, values in grid.items() if name not in TOWARD_START}
     plan = _planned(run, grid, out, warm=warm)
     options = {k: v for k, v in asdict(run).items() if k not in ("l1", "weight_decay")}
     options |= {**asdict(budget), "warm": warm, "rule": rule}
@@ -132,7 +136,7 @@ def _planned(
             folder = out / _folder_of(name, place)
             before = out / (_folder_of(name, place - 1) if place else "none")
             start = before / "last.ckpt" if warm else None
-            trial = replace(run, l1=l1, weight_decay=weight_decay)
+            trial = replace(run, **strength_of(name, l1, weight_decay))
             plan.append(Planned(name, trial, folder, start))
     return plan
 
@@ -151,7 +155,7 @@ def _try(plan: Sequence[Planned], budget: Budget, out: Path, *, resume: bool) ->
     steps = 0
     for index, planned in enumerate(plan):
         done = resume and (planned.folder / "result.json").is_file()
-        must = index <= len(REGULARISERS)  # none, and one of each
+        must = index < len({p.name for p in plan})  # none, and one of each
         if not done and not must and spent.is_over(budget, steps, trials):
             if is_rank_zero():
                 print(f"\nthe budget ends here, with {index} of {len(plan)} runs made", flush=True)
@@ -247,7 +251,7 @@ def _write(
     write_text(out / "tune.json", to_json(content, indent=1))
     write_text(out / "tune.md", text + "\n")
     for name, trial in chosen.items():
-        tuned = replace(run, l1=trial.l1, weight_decay=trial.weight_decay)
+        tuned = replace(run, **strength_of(name, trial.l1, trial.weight_decay))
         save_options(asdict(tuned), out / f"tuned-{name.replace(' ', '-')}.yaml")
     save_options(compare_options(run, chosen), out / "tuned-compare.yaml")
 
@@ -276,5 +280,5 @@ def tuned_comparison(
     except Stopped as stopped:
         raise Stopped(stopped.number, out) from None
     tuned = replace(run, l1=found["L1"][0], weight_decay=found["L2"][1])
-    both = {"elastic net": found["elastic net"]}
-    return compare(tuned, seeds, out, resume=True, strengths=both)
+    others = {name: values for name, values in found.items() if name not in ("L1", "L2")}
+    return compare(tuned, seeds, out, resume=True, strengths=others)
