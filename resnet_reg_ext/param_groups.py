@@ -98,7 +98,7 @@ def param_groups(
 
     Example:
         >>> optimizer = ProxSGD(param_groups(model, l1=1e-5, weight_decay=1e-4), lr=0.1)
-        >>> groups = param_groups(pretrained, toward="start", new="fc.*")  # to fine-tune
+        >>> groups = param_groups(model, toward="start", new="fc.*")  # to fine-tune
     """
     if not isinstance(model, nn.Module):
         raise TypeError(

@@ -58,6 +58,11 @@ def save_patch(
             it is named, and nothing is written.
         OSError: the file can't be written.
         ImportError: safetensors isn't installed.
+
+    Example:
+        >>> pretrained = {name: value.clone() for name, value in model.state_dict().items()}
+        >>> optimizer.step()
+        >>> size = save_patch("tuned.safetensors", model, pretrained)
     """
     from safetensors.torch import save_file
 
@@ -111,6 +116,12 @@ def apply_patch(start: nn.Module | _State, file: str | os.PathLike[str]) -> dict
             doesn't fit.
         OSError: it can't be read.
         ImportError: safetensors isn't installed.
+
+    Example:
+        >>> pretrained = {name: value.clone() for name, value in model.state_dict().items()}
+        >>> optimizer.step()
+        >>> size = save_patch("tuned.safetensors", model, pretrained)
+        >>> tuned = apply_patch(pretrained, "tuned.safetensors")  # model's state dict, bit by bit
     """
     path = _regular(file, "apply_patch")
     with path.open("rb"):
