@@ -52,7 +52,8 @@ EXPERIMENTS = {
             "image_size": 64,
             "train_size": 160,
             "test_size": 400,
-            "val_fraction": 0.7,
+            "val_fraction": 0.1,
+            "test_fraction": 0.6,
             "lr": 0.01,
             "weight_decay": 1e-4,
         },
@@ -86,8 +87,7 @@ def main(options: argparse.Namespace) -> int:
         for path in channels_report.write(options.out, ROOT / "docs" / "channels.md"):
             print(f"written: {path}")
         return 0
-    from resnet_reg_ext.recipe.callbacks import Stopped
-    from resnet_reg_ext.recipe.files import RecipeError
+    from resnet_reg_ext.recipe.files import RecipeError, Stopped
 
     torch.set_num_threads(1)
     try:
@@ -138,7 +138,8 @@ def _train(piece: Piece, run: Any) -> None:
     from resnet_reg_ext.recipe.train import train
 
     with _cpu_seconds(piece.folder):
-        train(run, piece.folder, keep_best=False, resume=(piece.folder / "last.ckpt").is_file())
+        resume = (piece.folder / "last.ckpt").is_file()
+        train(run, piece.folder, keep="weights", resume=resume)
 
 
 @contextmanager
@@ -156,7 +157,7 @@ def _cpu_seconds(folder: Path) -> Iterator[None]:
 
 def _collect(name: str, pieces: list[Piece], small: bool) -> dict[str, Any]:
     """All figures of an experiment, latency included."""
-    from resnet_reg_ext.recipe import compare, latency
+    from resnet_reg_ext.recipe import latency, verdicts
     from resnet_reg_ext.recipe.model import load_classifier
     from resnet_reg_ext.recipe.results import Result
 
@@ -189,8 +190,8 @@ def _collect(name: str, pieces: list[Piece], small: bool) -> dict[str, Any]:
         "machine": machine.machine("cpu"),
         "run": run,
         "classes": results["dense"][0].classes,
-        "conditions": compare.conditions(results),
-        "verdicts": [line.partition(";")[0] for line in compare.verdicts(results)],
+        "conditions": verdicts.conditions(results),
+        "verdicts": [line.partition(";")[0] for line in verdicts.verdicts(results)],
         "runs": rows,
         "latency": {
             "image_size": size,

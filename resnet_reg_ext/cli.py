@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from .backends import native
 _RECIPE = {
     "train": "train one ResNet-50",
     "compare": "the same training under none, L2, L1 and elastic net, and a verdict",
+    "tune": "the strength of each regulariser, found on the validation images",
     "path": "accuracy, gap and sparsity against the strength of L1",
     "evaluate": "what a checkpoint does: accuracy by class, confusion, features, sparsity",
     "patch": "a fine-tuned checkpoint as a patch of its initial weights, and back",
@@ -77,12 +80,24 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 def _recipe(command: str, arguments: Sequence[str]) -> int:
     """Runs a command of the recipe, whose libraries take seconds to import."""
+    # Of the others, standard output may be a table for another program.
+    is_long = command in ("train", "compare", "tune", "path", "evaluate")
+    if is_long and "-h" not in arguments and "--help" not in arguments:
+        say_that_imports_take_a_while(command)
     try:
         from .recipe import commands
     except KeyboardInterrupt:
         print(f"resnet-reg {command}: interrupted", file=sys.stderr)
         return 130
     return commands.main(command, arguments)
+
+
+def say_that_imports_take_a_while(command: str) -> None:
+    """So that something is seen at once, before the first figure comes."""
+    is_there = importlib.util.find_spec("lightning") is not None
+    if is_there and f"{__package__}.recipe.train" not in sys.modules:
+        with contextlib.suppress(OSError):
+            print(f"resnet-reg {command}: loading PyTorch and Lightning", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

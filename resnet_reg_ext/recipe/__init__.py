@@ -10,16 +10,20 @@ The modules, in the order of a run:
 - ``processes``: which of several processes this one is;
 - ``images``, ``walk``, ``folders``, ``layouts``: an image file, the files below a folder, class
   folders, folders for splits;
-- ``splits``: training and test parts, label noise;
+- ``groups``, ``splits``: images of one scene; training, validation and test parts, label noise;
 - ``loaders``: batches that depend on the seed and the epoch alone;
-- ``data``: the images of a run, made of these;
+- ``digits``, ``data``: the images of a run, made of these;
 - ``checkpoints`` and ``weights``: files of others, read without trust;
 - ``model``: the ResNet-50, and the Lightning module with ``ProxSGD``;
 - ``shapes``: a ResNet-50 without some of its channels, in checkpoints;
 - ``channel_choice`` and ``removal``: which channels go, and their removal while training;
 - ``callbacks``: progress, history, checkpoints and stopping;
-- ``checks``, ``train`` and ``results``: one run, what is refused before it, what comes out;
-- ``compare``: several runs and what may be concluded from them;
+- ``former``: files of versions that had two sets;
+- ``forecast``, ``strengths``, ``ahead``: what an l1 will do, strengths for it, what runs will take;
+- ``checks``, ``describe``, ``train``, ``measure`` and ``results``: one run, what is refused before
+  it, what is said of it, what comes out;
+- ``compare``, ``verdicts``, ``errors``: several runs and what may be concluded from them;
+- ``tune`` and ``trials``: each regulariser's strength, by the validation images;
 - ``evaluate``, ``intervals``, ``provenance``: what a checkpoint does, within which limits, and
   whether the images trained or chose it;
 - ``predict`` and ``predictions``: class and probabilities of each image;
@@ -28,5 +32,6 @@ The modules, in the order of a run:
   in an output folder;
 - ``compaction``, ``onnx_export``, ``latency``, ``cost``: a checkpoint with fewer channels, in other
   formats, its time and its size;
-- ``commands`` and ``channel_commands``: the command line.
+- ``command_line``, ``commands``, ``training_commands``, ``channel_commands`` and
+  ``patch_command``: the command line.
 """

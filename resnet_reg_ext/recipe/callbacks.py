@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -98,12 +99,12 @@ class Patience(EarlyStopping):
     """Early stopping whose count of evaluations, and whose end, a resumption keeps.
 
     Args:
-        evaluations: how many may pass without a lower test loss.
+        evaluations: how many may pass without a lower validation loss.
     """
 
     def __init__(self, evaluations: int) -> None:
         # Before the epoch ends, when its checkpoint is written.
-        super().__init__("test_loss", patience=evaluations, check_on_train_epoch_end=False)
+        super().__init__("validation_loss", patience=evaluations, check_on_train_epoch_end=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stays stopped."""
@@ -115,30 +116,33 @@ class Checkpoints(Callback):
     """Keeps the last state after each epoch that is evaluated, and the best weights.
 
     Args:
-        folder: where ``last.ckpt`` (to resume from) and ``best.ckpt`` (weights alone) go.
-        best: whether to keep the best, that of the lowest test loss.
+        folder: where ``last.ckpt`` (to resume from) and ``best.ckpt`` (weights alone, of the lowest
+            validation loss) go.
     """
 
-    def __init__(self, folder: Path, *, best: bool) -> None:
-        self.folder, self.best = folder, best
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.lowest: float | None = None
+        self.best_epoch = 0
+        """The epoch of ``best.ckpt``, counted from 1; 0 before there is one."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"lowest": self.lowest}
+        return {"lowest": self.lowest, "best_epoch": self.best_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
-        self.lowest = state_dict["lowest"]
+        self.lowest, self.best_epoch = state_dict["lowest"], state_dict["best_epoch"]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes what is due."""
         if not evaluated(trainer):
             return
-        loss = float(trainer.callback_metrics["test_loss"])
-        is_asked_for = not getattr(pl_module, "is_shrinking", False)
-        if self.best and is_asked_for and (self.lowest is None or loss < self.lowest):
-            self.lowest = loss
+        loss = float(trainer.callback_metrics["validation_loss"])
+        # Any loss is better than NaN, as that of an epoch that diverged.
+        is_lowest = self.lowest is None or math.isnan(self.lowest) or loss < self.lowest
+        if is_lowest and not getattr(pl_module, "is_shrinking", False):
+            self.lowest, self.best_epoch = loss, trainer.current_epoch + 1
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
         trainer.save_checkpoint(self.folder / "last.ckpt")
 
@@ -259,7 +263,8 @@ class Progress(Callback):
             tqdm.write(
                 f"  epoch {trainer.current_epoch + 1}: "
                 f"accuracy {measured['train_accuracy']:.3f} train, "
-                f"{measured['test_accuracy']:.3f} test; test loss {measured['test_loss']:.3f}; "
+                f"{measured['validation_accuracy']:.3f} validation; validation loss "
+                f"{measured['validation_loss']:.3f}; "
                 f"zeros {measured['zeros']:.1%}"
             )
             sys.stdout.flush()

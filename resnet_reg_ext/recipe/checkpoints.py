@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..atomic_write import atomic_write
 from .files import RecipeError
+from .former import is_former
 from .settings import Run, run_from_file
 from .shapes import FORMAT, checked_description
 from .splits import Source
@@ -34,6 +35,8 @@ class Checkpoint:
     source: Source | None
     """The files that it was trained on, where it tells."""
     is_resumable: bool
+    is_former: bool
+    """Of a version that had no test set."""
     shapes: Mapping[str, Any] | None = None
     """Those of a compact model; None where it has all channels."""
 
@@ -125,7 +128,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         _check_training_state(content, run, path)
     classes = class_names(content["classes"], path)
     source = _source(content.get("source"), path)
-    return Checkpoint(run, classes, state, source, resumable, shapes_in(path, content))
+    former, shapes = is_former(content["run"]), shapes_in(path, content)
+    return Checkpoint(run, classes, state, source, resumable, former, shapes)
 
 
 def shapes_in(path: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:

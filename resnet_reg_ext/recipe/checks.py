@@ -11,7 +11,7 @@ from .checkpoints import Checkpoint
 from .files import RecipeError
 from .processes import count_processes, launch, with_processes
 from .removal import check_removal
-from .settings import LARGEST_SEED, Run, check_run, with_absolute_paths
+from .settings import LARGEST_SEED, OPTIONS_FILES, Run, check_run, with_absolute_paths
 from .splits import Images
 
 LAYER4_STRIDE = 32  # so many pixels of the image are one in a ResNet-50's last stage
@@ -62,8 +62,9 @@ def _check_machine(run: Run) -> None:
 def check_images(run: Run, images: Images) -> None:
     """Refuses fewer images than processes: each has to measure one at least."""
     processes = count_processes(run)
-    for what, split in (("training", images.train), ("test", images.test)):
-        if len(split) < processes:
+    sets = (("training", images.train), ("validation", images.validation), ("test", images.test))
+    for what, split in sets:
+        if split is not None and len(split) < processes:
             raise RecipeError(
                 f"--devices {processes}: {processes} processes need a {what} image each, and have "
                 f"{len(split)}"
@@ -72,6 +73,12 @@ def check_images(run: Run, images: Images) -> None:
 
 def check_resumable(before: Checkpoint, last: Path, images: Images) -> None:
     """Refuses a checkpoint without the optimizer's state, or of other classes or images."""
+    if before.is_former:
+        raise RecipeError(
+            f"{last} is of an earlier version, whose validation images were called test: its "
+            f"weights can be evaluated, but to train on begin anew: --config "
+            f"{last.parent / OPTIONS_FILES['train']}"
+        )
     if not before.is_resumable:
         raise RecipeError(f"{last} holds the weights of a finished run: nothing to resume")
     if before.classes != images.classes:

@@ -1,8 +1,7 @@
-"""``resnet-reg train``, ``compare``, ``path``, ``evaluate``, ``predict`` and ``patch``."""
+"""The commands of the recipe by name, and ``resnet-reg evaluate``, ``predict`` and ``patch``."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,15 +9,12 @@ from pathlib import Path
 
 # The modules that need the extra `train` are imported once the options are parsed: --help works
 # without them.
-from . import channel_commands
+from . import channel_commands, training_commands
+from .command_line import folder, is_rank_zero, list_files, parser_of
 from .files import RecipeError, Stopped
 from .libraries import import_libraries
-from .options import Parser, add_run_options, config_arguments, run_from
-from .settings import OPTIONS_FILES, SPLITS, Number, Run, expanded
+from .settings import SPLITS, Number, expanded
 from .terminal import escape_what_cannot_be_shown, one_line
-
-# Chosen so that the unregularised ResNet-50 overfits visibly within minutes: docs/recipe.md.
-COMPARED = Run(label_noise=0.3, l1=6e-3, weight_decay=3e-3)
 
 
 def main(command: str, arguments: Sequence[str]) -> int:
@@ -46,167 +42,14 @@ def main(command: str, arguments: Sequence[str]) -> int:
 
 
 def _say(text: str, code: int) -> int:
-    if _is_rank_zero():
+    if is_rank_zero():
         with suppress(OSError):
             print(text, file=sys.stderr)
     return code
 
 
-def _is_rank_zero() -> bool:
-    try:
-        from .processes import is_rank_zero
-    except (ImportError, OSError, RuntimeError):  # without the extra there is one process
-        return True
-    return is_rank_zero()
-
-
-def _parser(command: str) -> Parser:
-    return Parser(prog=f"resnet-reg {command}", allow_abbrev=False)
-
-
-def _parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
-    """Parses options; those of ``--config`` come first, so that the command line's win."""
-    finder = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    finder.add_argument("--config")
-    config = finder.parse_known_args(arguments)[0].config
-    if config is not None:
-        import_libraries()  # YAML's among them
-        arguments = [*config_arguments(config, parser), *arguments]
-    args: argparse.Namespace = parser.parse_args(arguments)
-    return args
-
-
-def _folder(text: str) -> Path:
-    # Path("") is the current folder.
-    if not text:
-        raise argparse.ArgumentTypeError("must name a folder, got ''")
-    # Path would make a folder s3: of s3://bucket.
-    if "\0" in text or "://" in text:
-        raise argparse.ArgumentTypeError(f"must be a folder of this machine, got {text!r}")
-    return expanded(text)
-
-
-def _add_out(parser: Parser, default: str) -> None:
-    parser.add_argument(
-        "--out", type=_folder, default=default, help="output folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--resume",
-        type=_folder,
-        metavar="DIR",
-        help="go on with the interrupted output folder DIR, as its settings say; "
-        "no other option may be given",
-    )
-
-
-def _settle(parser: Parser, arguments: list[str], command: str) -> argparse.Namespace:
-    """Options as given, or those of the folder to resume."""
-    args = _parse(parser, arguments)
-    if args.resume is None:
-        return args
-    folder = args.resume
-    if len(arguments) > (1 if arguments[0].startswith("--resume=") else 2):
-        raise RecipeError("--resume DIR takes all settings from DIR: give no other option")
-    if not (folder / OPTIONS_FILES[command]).is_file():
-        for other, name in OPTIONS_FILES.items():
-            if (folder / name).is_file():
-                raise RecipeError(f"{folder} is `{other}`'s: resnet-reg {other} --resume {folder}")
-        raise RecipeError(f"nothing to resume in {folder}: it has no {OPTIONS_FILES[command]}")
-    args = _parse(parser, ["--config", str(folder / OPTIONS_FILES[command])])
-    args.resume, args.out = folder, folder
-    return args
-
-
-def _train(arguments: list[str]) -> None:
-    parser = _parser("train")
-    add_run_options(parser, Run())
-    _add_out(parser, "out/train")
-    args = _settle(parser, arguments, "train")
-    import_libraries()
-    from .compare import table
-    from .report import write_report
-    from .results import Result
-    from .tensorboard import log_plots
-    from .train import train
-
-    run = run_from(args, Run())
-    if run.target_sparsity != run.steered_to:
-        raise RecipeError("--target-sparsity needs an --l1 above 0 to start from")
-    if args.resume is not None and (args.out / "result.json").is_file():
-        print(f"{args.out} is finished\n\n{table({'run': [Result.load(args.out)]})}")
-        if _is_rank_zero() and not (args.out / "report.html").exists():
-            write_report(args.out)  # killed before it, or finished by an older version
-        return
-    has_begun = (args.out / "last.ckpt").is_file()
-    if args.resume is not None and not has_begun and _is_rank_zero():
-        print(f"{args.out} has no last.ckpt yet: from the beginning, with the settings it has")
-    result = train(run, args.out, resume=args.resume is not None and has_begun)
-    if _is_rank_zero():
-        print(f"\n{table({'run': [result]})}")
-        log_plots(args.out, result)
-        write_report(args.out)
-        names = [OPTIONS_FILES["train"], "result.json", "best.ckpt", "last.ckpt", "tensorboard"]
-        names += ["predictions.csv", "mistakes.json", "report.html"]
-        # One since the start and one since each resumption, the oldest first.
-        logs = sorted(args.out.glob("csv/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
-        _list_files([*(args.out / name for name in names), *logs])
-
-
-def _compare(arguments: list[str]) -> None:
-    parser = _parser("compare")
-    add_run_options(parser, COMPARED)
-    parser.add_argument(
-        "--seeds", type=Number(int, 1), default=1, help="how many, from --seed on (default: 1)"
-    )
-    _add_out(parser, "out/compare")
-    args = _settle(parser, arguments, "compare")
-    import_libraries()
-    from .compare import compare
-
-    run = run_from(args, COMPARED)
-    _list_with_report(compare(run, args.seeds, args.out, args.resume is not None), args.out)
-
-
-def _path(arguments: list[str]) -> None:
-    parser = _parser("path")
-    add_run_options(parser, COMPARED, l1=False)
-    parser.add_argument(
-        "--l1",
-        type=Number(float, 0),
-        nargs="+",
-        default=[0.0, 2e-3, 4e-3, 8e-3],
-        help="coefficients, each larger than the one before (default: 0 0.002 0.004 0.008)",
-    )
-    parser.add_argument(
-        "--seeds", type=Number(int, 1), default=1, help="how many, from --seed on (default: 1)"
-    )
-    parser.add_argument(
-        "--cold", action="store_true", help="start each alike, not from the one before"
-    )
-    _add_out(parser, "out/path")
-    args = _settle(parser, arguments, "path")
-    import_libraries()
-    from .compare import path
-
-    if args.channels is not None:
-        raise RecipeError("--channels isn't for path, whose runs start from each other's weights")
-    if args.l1 != sorted(set(args.l1)):
-        raise RecipeError(f"--l1 must increase, got {' '.join(f'{v:g}' for v in args.l1)}")
-    _list_with_report(
-        path(
-            run_from(args, COMPARED, l1=0.0),
-            args.l1,
-            args.seeds,
-            args.out,
-            cold=args.cold,
-            resume=args.resume is not None,
-        ),
-        args.out,
-    )
-
-
 def _evaluate(arguments: list[str]) -> None:
-    parser = _parser("evaluate")
+    parser = parser_of("evaluate")
     parser.add_argument("checkpoint", type=expanded, metavar="CHECKPOINT")
     parser.add_argument("--data", help="as of `train` (default: what it was trained on)")
     parser.add_argument(
@@ -226,7 +69,7 @@ def _evaluate(arguments: list[str]) -> None:
         help="measure on so many of these images, drawn class by class",
     )
     parser.add_argument(
-        "--out", type=_folder, help="output folder (default: evaluate/ beside the checkpoint)"
+        "--out", type=folder, help="output folder (default: evaluate/ beside the checkpoint)"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an evaluation that is there"
@@ -235,7 +78,7 @@ def _evaluate(arguments: list[str]) -> None:
     import_libraries()
     from .evaluate import evaluate
 
-    _list_files(
+    list_files(
         evaluate(
             args.checkpoint,
             args.data,
@@ -249,7 +92,7 @@ def _evaluate(arguments: list[str]) -> None:
 
 
 def _predict(arguments: list[str]) -> int:
-    parser = _parser("predict")
+    parser = parser_of("predict")
     parser.description = "Progress and images that are passed over are told on standard error."
     parser.add_argument("checkpoint", type=expanded, metavar="CHECKPOINT")
     parser.add_argument(
@@ -290,35 +133,18 @@ def _patch(arguments: list[str]) -> None:
     patch_command.run(arguments)
 
 
-def _list_with_report(written: Sequence[Path], out: Path) -> None:
-    """Writes the report too."""
-    if _is_rank_zero():
-        from .report import write_report
-        from .tensorboard import log_pictures
-
-        log_pictures(out, [path for path in written if path.suffix == ".png"])
-        _list_files([*written, write_report(out)])
-
-
 def _listing(command: Callable[[list[str]], list[Path]]) -> Callable[[list[str]], None]:
     """The command, which tells the files that it has written."""
 
     def run(arguments: list[str]) -> None:
         if paths := command(arguments):
-            _list_files(paths)
+            list_files(paths)
 
     return run
 
 
-def _list_files(paths: Sequence[Path]) -> None:
-    if _is_rank_zero():
-        print("\nWritten:", *paths, sep="\n  ")
-
-
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
-    "train": _train,
-    "compare": _compare,
-    "path": _path,
+    **training_commands.COMMANDS,
     "evaluate": _evaluate,
     "patch": _patch,
     "predict": _predict,

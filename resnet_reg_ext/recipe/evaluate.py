@@ -23,6 +23,7 @@ from ..sparsity import Sparsity
 from . import intervals, plots
 from .data import load_split
 from .files import RecipeError, locked, prepare_folder, write_text
+from .measure import predict
 from .model import Classifier, load_classifier, regularised
 from .predictions import MISTAKES, PREDICTIONS, save_predictions
 from .provenance import remarks
@@ -30,7 +31,7 @@ from .report import REPORT, write_report
 from .results import made_with, to_json
 from .settings import DIGITS, Run, expanded
 from .splits import Split, subset
-from .train import be_quiet, predict
+from .train import be_quiet
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def evaluate(
     images = load_split(run, split, classes, data, classifier.source)
     said = remarks(checkpoint, trained, classifier.source, data, images, classes)
     if test_size is not None:
-        images = subset(images, classes, test_size, run.seed, "test_size")
+        images = subset(images, classes, test_size, run.seed, "test")
     images = replace(images, notes=(*said, *images.notes))
     prepare_folder(out, 10_000_000)
     with locked(out):

@@ -1,4 +1,4 @@
-"""Which folder is trained on, which chooses the best weights, and which is left for evaluation."""
+"""Which folder is trained on, which chooses weights and strengths, and which only measures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .files import RecipeError, printable
 from .folders import class_folders
-from .settings import SPLITS
+from .settings import SPLITS, Run
 from .walk import list_folder, walk
 
 # In lower case; Roboflow writes valid, Keras' guides validation, Hugging Face reads dev as well.
@@ -22,6 +22,7 @@ _NAMES = {
 _LIKE_SPLIT = re.compile(
     r"(train(ing)?|val(id(ation)?)?|dev|test(ing)?|eval(uation)?)([-_ .]?(set|data|images?|\d+))?"
 )
+_USES = {"train": "trained", "val": "validated", "test": "tested"}
 # A folder beside class folders that is called so is no class.
 _NO_CLASS = {"train", "training", "val", "valid", "validation", "test", "testing", "eval"}
 
@@ -40,11 +41,6 @@ class Layout:
         """Whether it is a folder of splits to train on, not of classes."""
         train = self.folders.get("train")
         return train is not None and (train.name == "train" or len(self.folders) > 1)
-
-    @property
-    def tested(self) -> str:
-        """The split that chooses the best weights: test never does where there is val."""
-        return "val" if "val" in self.folders else "test"
 
 
 def find_layout(root: Path, classes: Collection[str] = ()) -> Layout:
@@ -78,40 +74,55 @@ def find_layout(root: Path, classes: Collection[str] = ()) -> Layout:
     return Layout(folders, tuple(unclear))
 
 
-def training_folders(root: Path, layout: Layout) -> tuple[Path, Path, list[str]]:
-    """The folders to train and to test on, and notes that say which they are.
+def training_folders(root: Path, layout: Layout, run: Run) -> list[str]:
+    """Checks that each set has a folder or is drawn; notes that say what is used for what.
 
     Raises:
-        RecipeError: it isn't clear, or there is no folder to test on.
+        RecipeError: it isn't clear, a set has both, or there are no validation images.
     """
-    train, held_out = layout.folders["train"], layout.folders.get(layout.tested)
-    if "val" not in layout.folders:
+    train, folders = layout.folders["train"], layout.folders
+    if "val" not in folders:
         # A folder test that is there leaves only validation for the unclear ones.
-        known = ("train", "test") if held_out else ("train",)
+        known = ("train", "test") if "test" in folders else ("train",)
         suspects = [n for n in layout.unclear if not n.lower().startswith(known)]
         if suspects:
-            meant, remedy = ("validation", "val") if held_out else ("a split", "val or test")
+            meant, remedy = (
+                ("validation", "val") if "test" in folders else ("a split", "val or test")
+            )
             raise RecipeError(
                 f"--data {root} has a folder {suspects[0]}, which may be for {meant}: call it "
                 f"{remedy}, or move it elsewhere if it is not to be used"
             )
-    if held_out is None:
+    for part, share in (("val", run.val_fraction), ("test", run.test_fraction)):
+        if part in folders and share is not None:
+            raise RecipeError(
+                f"--data {root} has a folder {folders[part].name}: --{part}-fraction can't be given"
+            )
+    if "val" not in folders and run.val_fraction is None:
+        why = "test must not choose the weights that it measures" if "test" in folders else ""
         raise RecipeError(
-            f"--data {root} has a folder {train.name}, but neither val nor test; to split "
-            f"{train.name}: --data {train} --val-fraction 0.2"
+            f"--data {root} has a folder {train.name}, but no val{why and f', and {why}'}: give "
+            f"--val-fraction 0.2 to choose by a part of {train.name}"
         )
-    note = f"tested on {held_out.name}"
-    if (train.name, held_out.name) != ("train", layout.tested):
-        note = f"trained on {train.name}, {note}"
-    elif layout.tested == "test" or "test" not in layout.folders:
-        note = ""
-    if layout.tested == "val" and "test" in layout.folders:
-        left = layout.folders["test"].name
-        note += f"; {left} is left for `resnet-reg evaluate --split test`"
+    said = {part: folders[part].name for part in SPLITS if part in folders}
+    note = ""
+    if any(name != part for part, name in said.items()):
+        words = [f"{what} on {said[part]}" for part, what in _USES.items() if part in said]
+        note = ", ".join(words)
     notes = [note] if note else []
     if layout.unclear:
         notes.append(f"left unused: {', '.join(layout.unclear)}")
-    return train, held_out, notes
+    return notes
+
+
+def set_folders(run: Run, root: Path, layout: Layout) -> dict[str, Path]:
+    """The folder of each set that has one; the folder of classes is "train"'s where none has."""
+    folders = {part: layout.folders[part] for part in SPLITS if part in layout.folders}
+    if "train" not in folders:
+        return {"train": root}
+    if run.test_size == 0:
+        folders.pop("test", None)
+    return folders
 
 
 def check_class_folders(root: Path) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
@@ -30,13 +32,16 @@ def transform(image_size: int, augment: str) -> Callable[[Any], Tensor]:
         v2.Resize(image_size, antialias=True),
         v2.CenterCrop(image_size),
     ]
+    crop_and_flip = [
+        v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), antialias=True),
+        v2.RandomHorizontalFlip(),
+    ]
     geometry = {
         "none": whole,
         "shift": [*whole, v2.RandomCrop(image_size, image_size // 8, padding_mode="edge")],
-        "standard": [
-            v2.RandomResizedCrop(image_size, scale=(0.5, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-        ],
+        "flip": [*whole, v2.RandomHorizontalFlip()],
+        "standard": crop_and_flip,
+        "trivial": [*crop_and_flip, v2.TrivialAugmentWide()],
     }[augment]
     scale = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     steps: Callable[[Any], Tensor] = v2.Compose([v2.ToImage(), *geometry, *scale])
@@ -175,11 +180,11 @@ class ImageData(pl.LightningDataModule):
         return DataLoader(dataset, batch_sampler=batches, num_workers=self.run.workers)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Training images and then test images, both without augmentation."""
+        """Training images and then validation images, both without augmentation."""
         assert self.trainer is not None
         return [
             evaluation_loader(split, self.run, self.trainer.global_rank, self.trainer.world_size)
-            for split in (self.images.train, self.images.test)
+            for split in (self.images.train, self.images.validation)
         ]
 
 
@@ -197,3 +202,12 @@ def evaluation_loader(
 def batch_size_for(image_size: int) -> int:
     """Images a batch where nothing is learnt: they take at most some hundred MB."""
     return max(16, min(250, 1_000_000 // image_size**2))
+
+
+def class_weights(run: Run, train: Split) -> Tensor | None:
+    """What each class counts in the loss: scikit-learn's balanced weights, where asked for."""
+    if run.class_weights == "none":
+        return None
+    labels = train.labels.numpy()
+    weights = compute_class_weight("balanced", classes=np.unique(labels), y=labels)
+    return torch.tensor(weights, dtype=torch.float32)

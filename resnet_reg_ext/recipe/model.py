@@ -11,10 +11,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from torchvision.models import resnet50
+from torchvision.transforms import v2
 
 from .. import ProxSGD, Sparsity, TargetSparsity, param_groups, sparsity
 from .checkpoints import Checkpoint, load_checkpoint
@@ -22,6 +23,9 @@ from .files import RecipeError
 from .settings import STAGES, Run
 from .shapes import FORMAT, description_of, give_shapes
 from .splits import Source
+
+_PRIME = 1_000_003
+MEASURED = ("train", "validation")  # after an epoch; what a figure's name begins with
 
 
 class Classifier(pl.LightningModule):
@@ -31,19 +35,32 @@ class Classifier(pl.LightningModule):
         run: the hyperparameters.
         classes: class names, in the order of the labels.
         source: the files that it is trained on, where they are files.
+        class_weights: (classes,), what each class counts in the training loss; None: all alike.
     """
 
-    def __init__(self, run: Run, classes: Sequence[str], source: Source | None = None) -> None:
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        run: Run,
+        classes: Sequence[str],
+        source: Source | None = None,
+        class_weights: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.run, self.classes, self.source = run, tuple(classes), source
         torch.manual_seed(run.seed)
         # Residual branches that start at zero: from scratch it learns in tens of steps.
         self.model = resnet50(num_classes=len(classes), zero_init_residual=True)
         self.model.to(memory_format=torch.channels_last)
+        if run.dropout:  # before the head; a wrapper there would change the head's name
+            self.model.avgpool = nn.Sequential(self.model.avgpool, nn.Dropout(run.dropout))
+        self.mixup = v2.MixUp(alpha=run.mixup, num_classes=len(classes)) if run.mixup else None
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.frozen = freeze(self.model, run.freeze)
         self.is_shrinking = False
         """Whether channels are still to be taken out: the weights aren't those asked for yet."""
-        # Two sets are measured after an epoch: the training images and the test images.
+        # Two sets are measured after an epoch: the training images and the validation images.
         count = len(classes)
         self.scores = nn.ModuleList(
             MetricCollection(
@@ -53,13 +70,19 @@ class Classifier(pl.LightningModule):
                 },
                 prefix=f"{name}_",
             )
-            for name in ("train", "test")
+            for name in MEASURED
         )
         self.losses = nn.ModuleList([MeanMetric(), MeanMetric()])
 
     def configure_optimizers(self) -> Any:
         """``ProxSGD``; norms and biases are in a group of their own that is not regularised."""
-        groups = param_groups(self.model, l1=self.run.l1, weight_decay=self.run.weight_decay)
+        groups = param_groups(
+            self.model,
+            l1=self.run.l1,
+            weight_decay=self.run.weight_decay,
+            toward=self.run.toward,
+            new="fc.*" if self.run.toward == "start" else (),
+        )
         target = self.run.steered_to
         optimizer = ProxSGD(
             groups,
@@ -67,7 +90,7 @@ class Classifier(pl.LightningModule):
             momentum=self.run.momentum,
         )
         steps = int(self.trainer.estimated_stepping_batches)
-        schedules: list[LRScheduler] = [CosineAnnealingLR(optimizer, steps)]
+        schedules = [lr_schedule(optimizer, self.run, steps)]
         if target is not None:
             schedules.append(TargetSparsity(optimizer, target, steps=max(1, steps * 4 // 5)))
         # LearningRateMonitor logs the optimizer's lr under the name of each schedule, also of one
@@ -82,8 +105,18 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         """The loss of a batch. The L1 and L2 terms are not in it: the optimizer minimises them."""
         images, labels = batch
+        if self.run.dropout or self.mixup is not None:
+            # The draws depend on seed, step and process alone: a resumed run makes the same.
+            step = _PRIME * self.run.seed + self.global_step
+            torch.manual_seed((step * self.trainer.world_size + self.global_rank) % 2**32)
+        targets = labels
+        if self.mixup is not None:
+            images, targets = self.mixup(images, labels)
+            labels = targets.argmax(1)
         logits = self(images)
-        loss = cross_entropy(logits, labels)
+        loss = cross_entropy(
+            logits, targets, self.class_weights, label_smoothing=self.run.label_smoothing
+        )
         accuracy = (logits.argmax(1) == labels).float().mean()
         self.log("loss", loss, on_step=True)
         self.log("accuracy", accuracy, on_step=True)
@@ -100,7 +133,7 @@ class Classifier(pl.LightningModule):
     def validation_step(
         self, batch: tuple[Tensor, Tensor], _: int, dataloader_idx: int = 0
     ) -> None:
-        """Measures a batch of the training images (0) or of the test images (1)."""
+        """Measures a batch of the training images (0) or of the validation images (1)."""
         images, labels = batch
         logits = self(images)
         self.scores[dataloader_idx].update(logits, labels)  # type: ignore[operator]
@@ -109,7 +142,7 @@ class Classifier(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs what was measured."""
-        for name, scores, loss in zip(("train", "test"), self.scores, self.losses, strict=True):
+        for name, scores, loss in zip(MEASURED, self.scores, self.losses, strict=True):
             assert isinstance(scores, MetricCollection)
             assert isinstance(loss, MeanMetric)
             self.log_dict(scores.compute())
@@ -133,6 +166,16 @@ class Classifier(pl.LightningModule):
             checkpoint[FORMAT] = shapes
         if self.source is not None:
             checkpoint["source"] = asdict(self.source)
+
+
+def lr_schedule(optimizer: torch.optim.Optimizer, run: Run, steps: int) -> LRScheduler:
+    """Up linearly over ``--warmup`` epochs, then down to 0 along a cosine, step by step."""
+    warmup = round(run.warmup * steps / run.epochs)
+    cosine = CosineAnnealingLR(optimizer, max(1, steps - warmup))
+    if not warmup:
+        return cosine
+    linear = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+    return SequentialLR(optimizer, [linear, cosine], [warmup])
 
 
 def freeze(model: nn.Module, stage: str) -> list[nn.Module]:

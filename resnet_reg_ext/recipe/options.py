@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from .files import RecipeError
+from .former import upgraded_settings
 from .settings import (
     DIGITS,
     FOLDER_IMAGE_SIZE,
@@ -19,24 +20,39 @@ from .settings import (
     option_name,
 )
 
+# A strength that depends on the initial weights: see forecast.default_strengths.
+BY_WEIGHTS = "by the initial weights"
 # By group, each option's help; %(default)s is left to add_run_options.
 _HELP = {
     "data": {
-        "data": "'digits', or a folder: train/ with val/ or test/, or one folder a class, "
-        "which --val-fraction splits",
-        "val_fraction": "share of the images to test on, drawn class by class",
+        "data": "'digits', or a folder: train/, val/ and test/, or a folder for each class, which "
+        "--val-fraction and --test-fraction split",
+        "val_fraction": "share of the images that choose checkpoints and strengths, drawn class by "
+        "class where there is no val/",
+        "test_fraction": "share of the images that are measured once, at the end, and that nothing "
+        "is chosen by; the same for every --seed",
+        "group_by": "regular expression on file names (and folders inside a class): images for "
+        "which it finds the same text, or the same first group, are never split; the digits' "
+        "names begin with writer01 to writer14; 'none': no groups",
         "train_size": "train on as many images, drawn class by class",
-        "test_size": "test on as many images, drawn class by class",
+        "val_size": "validate on as many images, drawn class by class",
+        "test_size": "test on as many images, drawn class by class; 0: no test images",
         "label_noise": "share of training labels to make wrong on purpose",
         "corrupt": "what to do about unreadable images",
         "image_size": "height and width in pixels: the shorter side is resized to it, the middle "
         "cut out",
-        "augment": "shift: by up to an eighth; standard: random crop, resize and flip",
+        "augment": "shift: by up to an eighth; flip: left to right; standard: random crop, resize "
+        "and flip; trivial: torchvision's TrivialAugmentWide on top of that",
+        "mixup": "mix images and labels in pairs, by torchvision's MixUp with this alpha; 0: don't",
     },
     "training": {
         "weights": "initial weights: 'imagenet' (downloaded by torchvision), a state dict in a .pt "
         "or .safetensors file, or 'none'",
         "freeze": "freeze everything up to this stage",
+        "label_smoothing": "share of each label that is spread over all classes",
+        "dropout": "share of the features that is dropped before the head",
+        "class_weights": "balanced: each class counts the same in the loss, however many images it "
+        "has",
         "l1": "coefficient of the L1 norm",
         "target_sparsity": "share of the regularised weights to be zero within 80 %% of the steps: "
         "l1 is steered from --l1 on, and the zeros are then frozen",
@@ -44,12 +60,16 @@ _HELP = {
         "so that the model gets smaller and epochs cheaper; needs the extra 'compact'",
         "method": "how channels are chosen: by the Taylor expansion of the loss",
         "weight_decay": "coefficient of half the squared L2 norm",
+        "toward": "what l1 and weight decay pull the weights towards: zero, or their initial "
+        "values (start), those of a new class head excepted",
         "lr": "learning rate at the start; falls to 0 along a cosine",
+        "warmup": "epochs over which the learning rate rises from near 0 first",
         "momentum": "momentum",
         "epochs": "passes over the training images",
         "batch_size": "images a step, all processes together",
         "evaluate_every": "epochs between evaluations; lowered to divide --epochs",
-        "early_stopping": "stop after as many evaluations without a lower test loss",
+        "early_stopping": "stop after as many evaluations without a lower validation loss, and "
+        "take the weights of the lowest",
         "seed": "decides split, wrong labels, initial weights and order",
     },
     "machine": {
@@ -113,7 +133,9 @@ def add_run_options(parser: argparse.ArgumentParser, defaults: Run, *, l1: bool 
 
 def _folder_defaults(defaults: Run) -> dict[str, Any]:
     """Defaults of a folder of images that differ from those of the digits."""
-    changed = {"image_size": FOLDER_IMAGE_SIZE, "label_noise": 0.0}
+    changed = {"image_size": FOLDER_IMAGE_SIZE, "group_by": "none", "label_noise": 0.0}
+    if defaults.l1:
+        changed |= {"l1": BY_WEIGHTS, "weight_decay": BY_WEIGHTS}
     return {name: value for name, value in changed.items() if getattr(defaults, name) != value}
 
 
@@ -121,8 +143,10 @@ def run_from(args: argparse.Namespace, defaults: Run, **changes: Any) -> Run:
     """The run that parsed options describe; ``defaults`` as for :func:`add_run_options`."""
     values = {f.name: getattr(args, f.name) for f in fields(Run) if hasattr(args, f.name)}
     for name, of_folder in _folder_defaults(defaults).items():
-        if values[name] is None:
+        if name in values and values[name] is None:
             values[name] = getattr(defaults, name) if values["data"] == DIGITS else of_folder
+            if values[name] == BY_WEIGHTS:  # once they are loaded
+                values[name] = 0.0
     return Run(**{**values, **changes})
 
 
@@ -132,7 +156,7 @@ def config_arguments(path: str, parser: Parser) -> list[str]:
     Raises:
         RecipeError: it can't be read, is not a mapping, or has an option that isn't known.
     """
-    content = _read_yaml(path)
+    content = upgraded_settings(_read_yaml(path))
     known = {a.dest: a for a in parser._actions if a.dest not in ("config", "help", "resume")}
     arguments: list[str] = []
     for key, value in content.items():

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..atomic_write import atomic_write
 from ..patch import apply_patch, save_patch
+from .command_line import is_rank_zero
 from .files import RecipeError
+from .libraries import import_libraries
 from .options import Parser
-from .processes import is_rank_zero
 from .settings import expanded
-from .weights import read_state
 
 
 def run(arguments: list[str]) -> None:
@@ -52,6 +52,7 @@ def run(arguments: list[str]) -> None:
         help="where the state dict goes: .safetensors, or anything else for torch.save",
     )
     args = parser.parse_args(arguments)
+    import_libraries()
     if args.action == "save":
         out = args.out or args.checkpoint.parent / "patch.safetensors"
         said = _checked(lambda: _save(args.checkpoint, args.start, out))
@@ -72,7 +73,9 @@ def _checked(action: Callable[[], str]) -> str:
 
 def _state(path: Path) -> dict[str, Tensor]:
     """A file's ResNet-50; 16-bit weights in float32, as `train --weights` reads them."""
-    state, _ = read_state(path)
+    from .weights import read_state  # --help works without the extra
+
+    state, *_ = read_state(path)
     return {
         name: value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
         for name, value in state.items()

@@ -79,13 +79,16 @@ def training_curves(results: Results, path: Path, subtitle: str) -> Path:
         for (name, runs), look in zip(results.items(), _nested(len(results)), strict=True):
             length = min(len(r.history) for r in runs)
             epochs = [row["epoch"] for row in runs[0].history[:length]]
-            for split, style, face in (("train", "--", "white"), ("test", "-", look["color"])):
+            for split, style, face in (
+                ("train", "--", "white"),
+                ("validation", "-", look["color"]),
+            ):
                 points = [[r.history[i][f"{split}_{metric}"] for r in runs] for i in range(length)]
-                label = name if split == "test" else None
+                label = name if split == "validation" else None
                 line = [mean(p) for p in points]
                 axes.plot(epochs, line, linestyle=style, markerfacecolor=face, label=label, **look)
                 drawn += line
-                if len(runs) > 1 and split == "test":
+                if len(runs) > 1 and split == "validation":
                     low, high = [min(p) for p in points], [max(p) for p in points]
                     axes.fill_between(
                         epochs, low, high, color=look["color"], alpha=0.12, linewidth=0
@@ -101,32 +104,34 @@ def training_curves(results: Results, path: Path, subtitle: str) -> Path:
             if max(drawn) >= 10 * min(drawn) > 0:
                 axes.set(ylabel="cross-entropy (log scale)", yscale="log")
             axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
-    title = "Training images (dashed) and test images (solid) after each evaluated epoch"
+    title = "Training images (dashed) and validation images (solid) after each evaluated epoch"
     if any(len(runs) > 1 for runs in results.values()):
         title += "; shaded: from the lowest to the highest seed"
     return _save(figure, path, title, subtitle)
 
 
 def gap_bars(results: Results, path: Path, subtitle: str) -> Path:
-    """Training and test accuracy side by side, with the spread over seeds."""
+    """Training and held-out accuracy side by side, with the spread over seeds."""
     figure = _figure(max(6.5, 1.8 * len(results)), 4.6)
     axes = figure.subplots()
     labels = []
     for x, ((name, runs), colour) in enumerate(zip(results.items(), COLOURS, strict=False)):
-        for side, split, alpha in ((-0.2, "train", 0.45), (0.2, "test", 1.0)):
+        held_out = runs[0].held_out
+        for side, split, alpha in ((-0.2, "train", 0.45), (0.2, held_out, 1.0)):
             accuracies = [r.last[f"{split}_accuracy"] for r in runs]
             value, error = mean(accuracies), stdev(accuracies) if len(runs) > 1 else 0.0
             bars = axes.bar(x + side, value, 0.38, color=colour, alpha=alpha)
             if error:
                 axes.errorbar(x + side, value, error, color="0.2", capsize=3)
-            axes.bar_label(bars, [f"{split}\n{value:.3f}"], padding=3 + 200 * error)
+            axes.bar_label(bars, [f"{split}\n{value:.3f}"], padding=3 + 200 * error, fontsize=8)
         gap, zeros = (mean(r.last[m] for r in runs) for m in ("gap", "zeros"))
         labels.append(f"{name}\ngap {gap:+.3f}\nzeros {zeros:.0%}")
     axes.set_xticks(range(len(results)), labels)
     axes.set(ylabel="accuracy", ylim=(0, 1.2), xlim=(-0.6, len(results) - 0.4))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.spines[["top", "right"]].set_visible(False)
-    title = "Training and test accuracy, and the gap between them"
+    held_out = next(iter(results.values()))[0].held_out
+    title = f"Training and {held_out} accuracy, and the gap between them"
     if any(len(runs) > 1 for runs in results.values()):
         title += "; whiskers: one standard deviation over the seeds"
     return _save(figure, path, title, subtitle)
@@ -250,10 +255,11 @@ def path(results: Results, l1s: Sequence[float], path: Path, subtitle: str) -> P
     # Evenly spaced: the values are usually spaced by factors, and 0 has no logarithm.
     places = range(len(l1s))
     runs = list(results.values())
+    held_out = runs[0][0].held_out
     for axes, metric, label, colour, style in (
         # Not the colours that mean none, L2 and L1 in the other plots.
         (left, "train_accuracy", "training accuracy", COLOURS[4], "o--"),
-        (left, "test_accuracy", "test accuracy", COLOURS[6], "o-"),
+        (left, "held_out_accuracy", f"{held_out} accuracy", COLOURS[6], "o-"),
         (left, "gap", "gap", COLOURS[7], "s-"),
         (right, "zeros", "exact zeros", COLOURS[6], "o-"),
     ):

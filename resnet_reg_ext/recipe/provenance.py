@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from .data import default_split
 from .files import RecipeError
 from .folders import class_folders, comparable, digest, scan
-from .layouts import find_layout, training_folders
+from .layouts import Layout, find_layout, set_folders
 from .settings import DIGITS, Run
 from .splits import WHOLE, Source, Split
 from .walk import walk
 
-CHANGED = (
-    "the images of training and selection are not what they were in training: some have come, gone "
-    "or changed"
-)
+CHANGED = "the images are not what they were in training: some have come, gone or changed"
 
 
 def remarks(
@@ -42,13 +39,11 @@ def remarks(
         return []
     own = data is None or _same_place(data, source.folder if source else run.data)
     root, lines = Path(run.data if data is None else data), []
-    if source is not None and run.val_fraction is None:
-        is_same = _digest_of_folders(root, run, classes) == source.digest
+    if source is not None:
+        is_same = _is_unchanged(root, run, classes, source)
         if own and not is_same:
             lines.append(f"{root}: {CHANGED}")
         own = own or is_same
-    elif source is not None:
-        own = True  # other images would have been taken whole
     if not own:
         return lines
     if images.name == "train":
@@ -68,8 +63,9 @@ def selection_split(run: Run, root: Path) -> str:
         root: the folder of its images, which may have been moved.
     """
     if run.data == DIGITS or run.val_fraction is not None:
-        return default_split(run)
-    return find_layout(root).tested
+        return "val"
+    # Of a version that had no test set, the folder test may have chosen.
+    return "val" if "val" in find_layout(root).folders else "test"
 
 
 def _how_chosen(checkpoint: Path, run: Run) -> str:
@@ -86,18 +82,31 @@ def _how_chosen(checkpoint: Path, run: Run) -> str:
     )
 
 
-def _digest_of_folders(root: Path, run: Run, classes: tuple[str, ...]) -> str:
-    """The digest that a run on a folder with folders for splits keeps; "" where there is none."""
+def _is_unchanged(root: Path, run: Run, classes: tuple[str, ...], source: Source) -> bool:
+    """Whether a folder has the files that a run was given."""
     try:
-        layout = find_layout(root, classes)
-        if not layout.is_split:
-            return ""
-        folders = training_folders(root, layout)[:2]
-        if run.corrupt == "skip":  # which images were left out is known once they are decoded
-            return digest(root, *(scan(folder, classes, "skip") for folder in folders))
-        return digest(root, *(_listed(folder, classes) for folder in folders))
+        return any(
+            source.digest == _digest_of(root, folders, run, classes)
+            for folders in _possible_folders(root, run, classes)
+        )
     except RecipeError:  # a folder has gone, or is not what it was
-        return ""
+        return False
+
+
+def _possible_folders(root: Path, run: Run, classes: tuple[str, ...]) -> list[list[Path]]:
+    """The folders that a digest may be of, as today's version takes it and as one before."""
+    layout = find_layout(root, classes)
+    if not layout.is_split:
+        layout = Layout({})
+    folders = list(set_folders(run, root, layout).values())
+    # A version that had no test set left the folder test out beside a folder val.
+    return [folders, folders[:2]] if len(folders) > 2 else [folders]
+
+
+def _digest_of(root: Path, folders: Sequence[Path], run: Run, classes: tuple[str, ...]) -> str:
+    if run.corrupt == "skip":  # which images were left out is known once they are decoded
+        return digest(root, *(scan(folder, classes, "skip") for folder in folders))
+    return digest(root, *(_listed(folder, classes) for folder in folders))
 
 
 def _listed(folder: Path, classes: tuple[str, ...]) -> Split:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -11,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from .files import RecipeError, write_text
+from .former import upgraded_settings
 
 DIGITS = "digits"
 FOLDER_IMAGE_SIZE = 224  # what ImageNet's weights were trained on
 # The file in the output folder that holds a command's settings; `--resume` takes them from there.
-OPTIONS_FILES = {"train": "run.yaml", "compare": "compare.yaml", "path": "path.yaml"}
+OPTIONS_FILES = {
+    "train": "run.yaml",
+    "compare": "compare.yaml",
+    "tune": "tune.yaml",
+    "path": "path.yaml",
+}
 SPLITS = ("train", "val", "test")
 STAGES = ("none", "conv1", "layer1", "layer2", "layer3", "layer4")
-AUGMENTATIONS = ("none", "shift", "standard")
+AUGMENTATIONS = ("none", "shift", "flip", "standard", "trivial")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 METHODS = ("taylor",)  # of --channels
 LARGEST_SEED = 2**32 - 1  # NumPy's, which draws the splits
@@ -31,7 +38,10 @@ class Run:
 
     data: str = DIGITS
     val_fraction: float | None = None
+    test_fraction: float | None = None
+    group_by: str = "none"
     train_size: int | None = None
+    val_size: int | None = None
     test_size: int | None = None
     label_noise: float = 0.0
     corrupt: str = "refuse"
@@ -42,13 +52,19 @@ class Run:
     channels: float | None = None
     method: str = "taylor"
     weight_decay: float = 0.0
+    toward: str = "zero"
     lr: float = 0.02
+    warmup: float = 0.0
     momentum: float = 0.9
     epochs: int = 20
     batch_size: int = 20
     image_size: int = 32
     augment: str = "none"
-    evaluate_every: int = 5
+    mixup: float = 0.0
+    label_smoothing: float = 0.0
+    dropout: float = 0.0
+    class_weights: str = "none"
+    evaluate_every: int = 1
     early_stopping: int | None = None
     seed: int = 0
     precision: str = "32-true"
@@ -145,12 +161,30 @@ class Text:
         return text
 
 
+@dataclass(frozen=True)
+class Pattern(Text):
+    """A regular expression."""
+
+    def why_not(self, value: Any) -> str:
+        """What would be right where a value isn't; "" where it is."""
+        if why := super().why_not(value):
+            return why.replace("a name or a path", "a regular expression")
+        try:
+            re.compile(value)
+        except re.error as error:
+            return f"must be a regular expression, got {value!r:.100}: {error}"
+        return ""
+
+
 _COUNT, _SHARE, _RATE = Number(int, 1), Number(float, 0, 1), Number(float, 0)
 RULES: dict[str, Number | Choice | Text] = {
     "data": Text(),
     "val_fraction": Number(float, 0, 1, above=True, below=True),
+    "test_fraction": Number(float, 0, 1, above=True, below=True),
+    "group_by": Pattern(),
     "train_size": _COUNT,
-    "test_size": _COUNT,
+    "val_size": _COUNT,
+    "test_size": Number(int, 0),
     "label_noise": _SHARE,
     "corrupt": Choice(("refuse", "skip")),
     "weights": Text(),
@@ -160,12 +194,18 @@ RULES: dict[str, Number | Choice | Text] = {
     "channels": Number(float, 0, 0.85, above=True),
     "method": Choice(METHODS),
     "weight_decay": _RATE,
+    "toward": Choice(("zero", "start")),
     "lr": _RATE,
+    "warmup": _RATE,
     "momentum": Number(float, 0, 1, below=True),
     "epochs": _COUNT,
     "batch_size": Number(int, 2),
     "image_size": Number(int, 8),
     "augment": Choice(AUGMENTATIONS),
+    "mixup": _RATE,
+    "label_smoothing": Number(float, 0, 1, below=True),
+    "dropout": Number(float, 0, 1, below=True),
+    "class_weights": Choice(("none", "balanced")),
     "evaluate_every": _COUNT,
     "early_stopping": _COUNT,
     "seed": Number(int, 0, LARGEST_SEED),
@@ -194,6 +234,7 @@ def run_from_file(content: Any, where: object) -> Run:
     """
     if not isinstance(content, Mapping):
         raise RecipeError(f"{where} is damaged: its run is a {type(content).__name__}")
+    content = upgraded_settings(content)
     for name in content:
         if name not in RULES:
             raise RecipeError(f"{where} has a run with an unknown setting: {name!r:.100}")
@@ -215,6 +256,28 @@ def check_run(run: Run, where: str = "") -> None:
             continue
         if why := rule.why_not(value):
             raise RecipeError(f"{where}{option_name(name)}: {why:.300}")
+    if run.warmup >= run.epochs:
+        raise RecipeError(
+            f"{where}--warmup {run.warmup:g} must be less than the {run.epochs} of --epochs"
+        )
+    if run.toward == "start":
+        _check_start(run, where)
+    shares = [share for share in (run.val_fraction, run.test_fraction) if share is not None]
+    if sum(shares) >= 1:
+        raise RecipeError(
+            f"{where}--val-fraction {shares[0]} and --test-fraction {shares[1]} leave nothing to "
+            "train on"
+        )
+
+
+def _check_start(run: Run, where: str) -> None:
+    for wrong, option, reason in (
+        (run.weights == "none", "--weights none", "there is no start worth keeping to"),
+        (run.target_sparsity is not None, "--target-sparsity", "it asks for zeros"),
+        (run.channels is not None, "--channels", "channels that are taken out have no start"),
+    ):
+        if wrong:
+            raise RecipeError(f"{where}--toward start can't be combined with {option}: {reason}")
 
 
 def expanded(path: str) -> Path:

@@ -1,9 +1,9 @@
-"""Training and test images: drawn class by class from the seed, labels made wrong on request."""
+"""Training, validation and test images: drawn class by class, labels made wrong on request."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,15 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from .files import RecipeError
-from .settings import Run, option_name
+from .groups import draw_groups
+from .settings import option_name
 
 WHOLE = "all images"
+# In sentences, and in the names of figures.
+WORDS = {"train": "training", "val": "validation", "test": "test"}
+# The test images are drawn by this seed, whatever the run's: what one run trains on or chooses by
+# is then no other's test.
+TEST_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Split:
     """One of ``SPLITS``, or ``WHOLE``; set by ``load_split``."""
     notes: tuple[str, ...] = ()
     """For the user: files ignored, images skipped, classes missing."""
+    groups: Tensor | None = None
+    """int64 (count,): images of one number show one scene; None where nothing is known of them."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,7 +46,8 @@ class Split:
     def take(self, rows: Sequence[int]) -> Split:
         """The images of some rows, in that order."""
         images = [self.images[i] for i in rows]
-        return replace(self, images=images, labels=self.labels[list(rows)])
+        groups = None if self.groups is None else self.groups[list(rows)]
+        return replace(self, images=images, labels=self.labels[list(rows)], groups=groups)
 
 
 @dataclass(frozen=True)
@@ -53,15 +62,23 @@ class Source:
 
 @dataclass(frozen=True)
 class Images:
-    """The images that a run trains and tests on."""
+    """The images that a run trains on, chooses by, and is measured on at its end."""
 
     classes: tuple[str, ...]
     train: Split
-    test: Split
+    validation: Split
+    """Chooses checkpoints, ends runs early, and chooses strengths."""
+    test: Split | None = None
+    """Read once, at the end; None where there are no such images."""
     notes: tuple[str, ...] = ()
     """For the user: images skipped, folders left unused."""
     source: Source | None = None
     """None for the digits."""
+
+    @property
+    def held_out(self) -> Split:
+        """The test images; the validation images where there are none."""
+        return self.validation if self.test is None else self.test
 
 
 def spoil_labels(split: Split, share: float, classes: int, seed: int) -> Split:
@@ -76,38 +93,51 @@ def spoil_labels(split: Split, share: float, classes: int, seed: int) -> Split:
 
 
 def split_in_two(
-    split: Split, classes: Sequence[str], seed: int, **sizes: Any
+    split: Split,
+    classes: Sequence[str],
+    seed: int,
+    part: str,
+    size: float,
+    train_size: int | None = None,
 ) -> tuple[Split, Split]:
-    """Draws a training and a test part, class by class; a note says if one lacks a class.
+    """Draws a part, class by class and no group divided; a note says if either lacks a class.
 
     Args:
         split: the images to draw from.
         classes: the names of the classes.
         seed: decides which images go where.
-        sizes: ``train_size`` and ``test_size`` as for scikit-learn's ``train_test_split``.
+        part: "val" or "test".
+        size: how many of the images, or what share of them where it is below 1.
+        train_size: how many of the others to keep; None keeps all.
+
+    Returns:
+        The others, and the part.
 
     Raises:
-        RecipeError: there are too few images for these sizes.
+        RecipeError: there are too few images or groups.
     """
-    try:
-        train, test = _draw(split, seed, **sizes)
-    except ValueError:
-        why = (
-            "each class needs two images, each part one of each class, and both together no more "
-            "than there are"
+    if split.groups is not None:
+        share = size if size < 1 else size / len(split)
+        within = draw_groups(split.labels, split.groups, share, seed)
+        rest, drawn = (
+            split.take([row for row, inside in enumerate(within) if inside == side])
+            for side in (False, True)
         )
-        raise RecipeError(_unsplittable(split, sizes, why)) from None
+    else:
+        try:
+            rest, drawn = _draw(split, seed, train_size=train_size, test_size=size)
+        except ValueError:
+            why = (
+                "each class needs two images, each part one of each class, and both together no "
+                "more than there are"
+            )
+            asked = f"{option_name(f'{part}_fraction' if size < 1 else f'{part}_size')} {size}"
+            if train_size is not None:
+                asked = f"{option_name('train_size')} {train_size} and {asked}"
+            raise RecipeError(_unsplittable(split, asked, why)) from None
     return (
-        _note_lost(split, train, classes, "training"),
-        _note_lost(split, test, classes, "test"),
-    )
-
-
-def subsets(train: Split, test: Split, classes: Sequence[str], run: Run) -> tuple[Split, Split]:
-    """Cuts both parts down to ``--train-size`` and ``--test-size`` images."""
-    return (
-        subset(train, classes, run.train_size, run.seed, "train_size"),
-        subset(test, classes, run.test_size, run.seed, "test_size"),
+        _note_lost(split, rest, classes, "training"),
+        _note_lost(split, drawn, classes, WORDS[part]),
     )
 
 
@@ -119,27 +149,26 @@ def subset(split: Split, classes: Sequence[str], size: int | None, seed: int, pa
         classes: the names of the classes.
         size: the number of images to keep.
         seed: decides which.
-        part: "train_size" or "test_size".
+        part: "train", "val" or "test".
 
     Raises:
         RecipeError: there are fewer images, or more classes than ``size``.
     """
+    option = option_name(f"{part}_size")
     if size is None or size == len(split):
         return split
     if size > len(split):
-        raise RecipeError(
-            f"{option_name(part)} {size} is more than the {len(split)} images there are"
-        )
+        raise RecipeError(f"{option} {size} is more than the {len(split)} images there are")
+    kept = "train_size" if part == "train" else "test_size"
     try:
-        first, second = _draw(split, seed, **{part: size})
+        first, second = _draw(split, seed, **{kept: size})
     except ValueError:  # scikit-learn wants one image of each class in the remainder too
         if size < len(set(split.labels.tolist())):
-            why = "each class needs one image"
-            raise RecipeError(_unsplittable(split, {part: size}, why)) from None
+            raise RecipeError(
+                _unsplittable(split, f"{option} {size}", "each class needs one image")
+            ) from None
         return split.take(_stratified(split.labels, size, seed))
-    if part == "train_size":
-        return _note_lost(split, first, classes, "training")
-    return _note_lost(split, second, classes, "test")
+    return _note_lost(split, first if part == "train" else second, classes, WORDS[part])
 
 
 def check_trainable(train: Split, classes: Sequence[str]) -> None:
@@ -152,7 +181,7 @@ def check_trainable(train: Split, classes: Sequence[str]) -> None:
     if missing := [name for label, name in enumerate(classes) if label not in present]:
         raise RecipeError(
             f"none of the {len(train)} training images is of {', '.join(missing)}: give a smaller "
-            "--val-fraction or --test-size, a larger --train-size, or more images of the class"
+            "--val-fraction or --test-fraction, a larger --train-size, or more images of the class"
         )
 
 
@@ -186,12 +215,8 @@ def _note_lost(before: Split, after: Split, classes: Sequence[str], what: str) -
     return replace(after, notes=(*after.notes, note))
 
 
-def _unsplittable(split: Split, sizes: Mapping[str, Any], why: str) -> str:
+def _unsplittable(split: Split, asked: str, why: str) -> str:
     counts = Counter(split.labels.tolist()).values()
-    asked = " and ".join(
-        f"{option_name('val_fraction' if isinstance(value, float) else name)} {value}"
-        for name, value in sizes.items()
-    )
     return (
         f"can't split {len(split)} images of {len(counts)} classes, {min(counts)} to {max(counts)} "
         f"of each, with {asked}: {why}"

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from . import tensorboard
 from .callbacks import Checkpoints, History, Patience, Progress, StopOnSignal, WholeFiles
 from .checkpoints import Checkpoint, keep_weights_alone, load_checkpoint
 from .checks import check_images, check_resumable, settled
 from .data import load_images
+from .describe import describe, outcome
 from .files import RecipeError, Stopped, locked, prepare_folder
-from .loaders import ImageData, evaluation_loader
-from .model import Classifier, regularised, shape_as
+from .forecast import Watch, count_steps, foretold
+from .loaders import ImageData, class_weights
+from .measure import measured
+from .model import Classifier, shape_as
 from .predictions import save_predictions
-from .processes import ignored_ranks, is_rank_zero, trainer_processes
+from .processes import is_rank_zero, trainer_processes
 from .removal import removal_of
 from .results import Result, made_with
-from .settings import DIGITS, OPTIONS_FILES, Run, save_options
-from .splits import Images, Split
+from .settings import OPTIONS_FILES, Run, save_options
+from .splits import Images
 from .weights import load_weights
 
 # Momentum doubles a full checkpoint; the next one is written beside it before the rename.
@@ -44,7 +44,8 @@ def train(
     *,
     name: str = "train",
     resume: bool = False,
-    keep_best: bool = True,
+    keep: str = "all",
+    test: bool = True,
     start: Path | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
@@ -58,8 +59,10 @@ def train(
         out: the folder for ``run.yaml``, ``last.ckpt``, ``best.ckpt``, ``result.json`` and logs.
         name: stands before the progress bar.
         resume: go on from ``last.ckpt`` in that folder.
-        keep_best: keep the best weights and the optimizer's state. Without it ``last.ckpt`` is cut
-            down to the weights at the end.
+        keep: what stays at the end: "all"; "weights", where ``last.ckpt`` is cut down to them; or
+            "result" without checkpoints.
+        test: measure the test images at the end. Without it they are not looked at: a run that a
+            choice is made by.
         start: a checkpoint whose weights to start from, instead of ``run.weights``.
         callbacks: Lightning callbacks of your own.
 
@@ -72,48 +75,71 @@ def train(
     before = _before(out, resume)
     run = settled(run, before)
     images = load_images(run)
+    if not test:
+        images = replace(images, test=None)
     check_images(run, images)
     if before is not None:
         check_resumable(before, last, images)
-    classifier = Classifier(run, images.classes, images.source)
+    classifier = Classifier(run, images.classes, images.source, class_weights(run, images.train))
     if before is not None:
         shape_as(classifier, before, last)
     weights = _initial_weights(classifier, last if resume else None, start)
     removal = removal_of(run, classifier, images.train, resumed=resume)
-    prepare_folder(out, 2 * FULL_CHECKPOINT + (2 * WEIGHTS if keep_best else 0))
+    ahead = [] if resume else foretold(classifier, count_steps(run, len(images.train)))
+    prepare_folder(out, 2 * FULL_CHECKPOINT + 2 * WEIGHTS)
     with locked(out) if is_rank_zero() else nullcontext():
         if not resume:
             _before(out, resume)  # another run may have been here since
         if is_rank_zero():
             save_options(asdict(run), out / OPTIONS_FILES["train"])
-            said = [one.describe() for one in removal]
-            for line in (*describe(run, images), *said, weights):
-                print(f"  {line}", flush=True)
-        history = History()
-        ours = [history, *removal, tensorboard.ZerosByLayer(), Checkpoints(out, best=keep_best)]
-        if run.early_stopping:
-            ours.append(Patience(run.early_stopping))
+            planned = [one.describe() for one in removal]
+            _say([*describe(run, images), *planned, weights, *ahead])
+        history, checkpoints = History(), Checkpoints(out)
+        around = [history, *removal, tensorboard.ZerosByLayer(), checkpoints]
+        around += [*_patience(run), Watch(), *callbacks]
         # Last: what it saves has then been counted, what the bar shows has been saved.
-        ours += [*callbacks, StopOnSignal(last), Progress(name)]
-        trainer = _trainer(run, out, ours)
+        trainer = _trainer(run, out, [*around, StopOnSignal(last), Progress(name)])
         _fit(trainer, classifier, ImageData(images, run), last if resume else None, history)
-        result, logits = _result(run, images, classifier, history, trainer)
+        result, logits = _result(images, classifier, history, checkpoints, trainer)
         if is_rank_zero():
-            left = [one.outcome(classifier) for one in removal]
-            for line in (*left, *_outcome(result, trainer)):
-                print(f"  {line}", flush=True)
-            tensorboard.log_result(trainer, run, result.last)
-            save_predictions(out, images.test, logits, images.classes)
-            # In this order: what has no result yet can still be resumed. A run that is killed
-            # between both is finished by ``finish``.
-            result.save(out)
-            if not keep_best:
-                keep_weights_alone(last)
+            _say([*(one.outcome(classifier) for one in removal), *outcome(result)])
+            tensorboard.log_result(trainer, run, result.reported.last)
+            save_predictions(out, images.held_out, logits, images.classes)
+            _end(result, out, keep)
     return result
 
 
-def finish(out: Path) -> Result:
+def _say(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"  {line}", flush=True)
+
+
+def _end(result: Result, out: Path, keep: str) -> None:
+    """Leaves a run's result."""
+    # In this order: what has no result yet can still be resumed. A run that is killed between both
+    # is finished by ``finish``.
+    result.save(out)
+    _keep(out, keep)
+
+
+def _patience(run: Run) -> list[Callback]:
+    return [Patience(run.early_stopping)] if run.early_stopping else []
+
+
+def _keep(out: Path, keep: str) -> None:
+    if keep == "result":
+        for name in ("last.ckpt", "best.ckpt"):
+            (out / name).unlink(missing_ok=True)
+    elif keep == "weights" and (out / "last.ckpt").is_file():
+        keep_weights_alone(out / "last.ckpt")
+
+
+def finish(out: Path, keep: str = "weights") -> Result:
     """The result of a run that has one, its checkpoint cut down where a kill came before that.
+
+    Args:
+        out: its folder.
+        keep: as of :func:`train`.
 
     Raises:
         RecipeError: the result is damaged, or another run holds the folder.
@@ -121,8 +147,7 @@ def finish(out: Path) -> Result:
     result = Result.load(out)
     if is_rank_zero():
         with locked(out):
-            if (out / "last.ckpt").is_file():
-                keep_weights_alone(out / "last.ckpt")
+            _keep(out, keep)
     return result
 
 
@@ -199,43 +224,43 @@ def _fit(
 
 
 def _result(
-    run: Run, images: Images, classifier: Classifier, history: History, trainer: pl.Trainer
+    images: Images,
+    classifier: Classifier,
+    history: History,
+    checkpoints: Checkpoints,
+    trainer: pl.Trainer,
 ) -> tuple[Result, Tensor]:
-    """The result, and the logits of the images that it is tested on."""
+    """Measures the weights at the end, and then the best ones. Nothing is chosen any more.
+
+    Returns:
+        The result, and the held-out images' logits by the weights that are reported.
+    """
     if not history.rows:
         raise RecipeError(f"{trainer.ckpt_path} is damaged: it has no step left, and no evaluation")
-    zeros = regularised(classifier)
-    logits, labels = predict(classifier, images.test, run, trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    epoch = float(checkpoints.best_epoch)
+    end, logits_end = measured(classifier, images, device, epoch)
+    best, logits_best = end, logits_end
+    if epoch != history.rows[-1]["epoch"]:
+        classifier.load_state_dict(load_checkpoint(checkpoints.folder / "best.ckpt").state_dict)
+        best, logits_best = measured(classifier, images, device, epoch)
     result = Result(
-        run,
+        classifier.run,
         _counts(images),
         history.rows,
         history.step_ms,
-        {layer.name: layer.fraction for layer in zeros.layers},
-        multiclass_confusion_matrix(logits, labels, len(images.classes)).tolist(),
+        end.zeros_by_layer,
+        end.confusion,
         made_with(),
+        end.test,
+        best,
+        end.validation_error,
     )
-    return result, logits
+    return result, logits_best if classifier.run.early_stopping else logits_end
 
 
-def _outcome(result: Result, trainer: pl.Trainer) -> list[str]:
-    """What the user should know of a result: a loss that isn't finite, a target that was missed."""
-    lines, run = [], result.run
-    if not math.isfinite(result.last["train_loss"]):
-        lines.append("the loss is not finite any more: training has diverged; try a lower --lr")
-    zeros = result.last["zeros"]
-    # TargetSparsity freezes within half a point of the target.
-    if run.steered_to is not None and zeros < run.steered_to - 0.005:
-        epochs = int(result.last["epoch"])
-        why = "give more --epochs, or a larger --l1 to start from"
-        if epochs < run.epochs:
-            why = f"--early-stopping ended the run after {epochs} of {run.epochs} epochs"
-        lines.append(f"--target-sparsity {run.steered_to:g} was missed: zeros {zeros:.1%}; {why}")
-    return lines
-
-
-def check(run: Run) -> None:
-    """Refuses a run that can't be made, for its machine, data or weights.
+def check(run: Run) -> tuple[Images, Classifier]:
+    """Refuses a run that can't be made, for its machine, data or weights; else what it begins with.
 
     Raises:
         RecipeError: says what to put right.
@@ -247,55 +272,7 @@ def check(run: Run) -> None:
     classifier = Classifier(run, images.classes)
     load_weights(classifier, run.weights)
     removal_of(run, classifier, images.train)
-
-
-def predict(
-    classifier: Classifier, split: Split, run: Run, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Logits (count, classes) and labels (count,) of a split, on the CPU."""
-    classifier.to(device).eval()
-    dtype = classifier.model.fc.weight.dtype  # float64 with --precision 64-true
-    logits, labels = [], []
-    with torch.inference_mode():
-        for images, truth in evaluation_loader(split, run):
-            logits.append(classifier(images.to(device, dtype)).float().cpu())
-            labels.append(truth)
-    return torch.cat(logits), torch.cat(labels)
-
-
-def describe(run: Run, images: Images) -> list[str]:
-    """What will be done, and how overfitting is brought out if it is."""
-    name = f"scikit-learn's {DIGITS}" if run.data == DIGITS else run.data
-    wrong = ""
-    if images.train.wrong:
-        wrong = (
-            f", {images.train.wrong} of them with a label made wrong on purpose (training accuracy "
-            "is measured on the labels as trained on)"
-        )
-    steps, over = divmod(len(images.train), run.batch_size)
-    left = f"; {over} of them, others each time, are left over in each epoch" if over else ""
-    lines = [
-        f"images: {name}, {len(images.classes)} classes ({_some(images.classes)}), "
-        f"{run.image_size} px, seed {run.seed}",
-        f"trained on: {len(images.train)} images{wrong}{left}",
-        f"tested on: {len(images.test)} images, no label changed",
-        f"training: l1 {run.l1:g}, weight decay {run.weight_decay:g}, lr {run.lr:g}, momentum "
-        f"{run.momentum:g}, {_count(run.epochs, 'epoch')} of {_count(steps, 'step')}, "
-        f"batch {run.batch_size}",
-    ]
-    if run.steered_to is not None:
-        lines.append(f"l1 is steered until {run.steered_to:.1%} of the weights are zero")
-    return [*lines, *images.notes, *filter(None, [ignored_ranks()])]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _some(names: Sequence[str], most: int = 10) -> str:
-    """Names in a row, not too many."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return images, classifier
 
 
 def _counts(images: Images) -> dict[str, Any]:
@@ -303,7 +280,8 @@ def _counts(images: Images) -> dict[str, Any]:
         "classes": list(images.classes),
         "train_images": len(images.train),
         "wrong_labels": images.train.wrong,
-        "test_images": len(images.test),
+        "validation_images": len(images.validation),
+        "test_images": 0 if images.test is None else len(images.test),
     }
 
 

@@ -70,7 +70,12 @@ import contextlib, io, json
 from resnet_reg_ext import cli
 said = {{}}
 for command in ["info", *cli._RECIPE]:
-    given = dict(evaluate=["x.ckpt"], predict=["x.ckpt", "x.png"]).get(command, [])
+    given = {{
+        "evaluate": ["x.ckpt"],
+        "predict": ["x.ckpt", "x.png"],
+        "patch": ["save", "x.ckpt", "--start", "y.pt", "--out", "z.safetensors"],
+        **dict.fromkeys(("compact", "export", "latency"), ["x.ckpt"]),
+    }}.get(command, [])
     for arguments in ([command, "--help"], [command, *given]):
         out, error = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
@@ -99,7 +104,7 @@ def test_help_and_errors_without_the_extras(tmp_path):
         code, out, error = said.pop(f"{command} --help")
         assert (code, error) == (0, "")
         assert f"usage: resnet-reg {command}" in out
-        assert command == "info" or "--out" in out
+        assert command in ("info", "export", "latency", "patch") or "--out" in out
     assert len(said) == len(cli._RECIPE)
     for arguments, (code, out, error) in said.items():
         command = arguments.split()[0]

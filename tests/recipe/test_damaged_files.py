@@ -21,7 +21,7 @@ from test_recipe_runs import SHORT, Signal
 from resnet_reg_ext import cli
 from resnet_reg_ext.recipe.files import RecipeError, Stopped
 from resnet_reg_ext.recipe.model import Classifier
-from resnet_reg_ext.recipe.results import ROW, Result
+from resnet_reg_ext.recipe.results import ROW, Best, OnTest, Result
 from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import train
 from resnet_reg_ext.recipe.weights import load_weights
@@ -146,8 +146,12 @@ def test_the_setting_that_cannot_be_is_named(run, words, tmp_path, capsys):
 
 def a_result():
     rows = [{**dict.fromkeys(ROW, 0.5), "epoch": float(epoch)} for epoch in (1, 2)]
-    data = {"classes": ["a", "b"], "train_images": 4, "wrong_labels": 0, "test_images": 4}
-    return Result(Run(), data, rows, 9.0, {"conv1.weight": 0.5}, [[1, 1], [0, 2]], {"torch": "2"})
+    data = {"classes": ["a", "b"], "train_images": 4, "wrong_labels": 0}
+    data |= {"validation_images": 3, "test_images": 4}
+    test = OnTest(0.75, 0.5, 0.7, [1, 0, 1, 1], [0, 0, 1, 1])
+    zeros, matrix = {"conv1.weight": 0.5}, [[1, 1], [0, 2]]
+    best = Best(1.0, zeros, matrix, test)
+    return Result(Run(), data, rows, 9.0, zeros, matrix, {"torch": "2"}, test, best)
 
 
 def test_result_files(tmp_path, capsys):
@@ -343,7 +347,7 @@ TRAINING_STATE = [
 def test_checkpoints_to_resume_from(tmp_path, capsys):
     out = tmp_path / "out"
     with pytest.raises(Stopped):
-        train(SHORT, out, keep_best=False, callbacks=[Signal(2, 2)])
+        train(SHORT, out, keep="weights", callbacks=[Signal(2, 2)])
     capsys.readouterr()
     valid = torch.load(out / "last.ckpt", weights_only=True)
     for part, values in TRAINING_STATE:

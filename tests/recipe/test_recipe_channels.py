@@ -150,8 +150,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_pat
 
 def test_path_and_missing_packages_are_refused(runs, tmp_path, monkeypatch, capsys):
     folder, *_ = runs
-    assert cli.main(["path", "--channels", "0.5", "--out", str(tmp_path / "p")]) == 2
-    assert "--channels isn't for path" in capsys.readouterr().err
+    assert cli.main(["path", "--warm", "--channels=0.5", "--out", str(tmp_path / "p")]) == 2
+    assert "--channels isn't for --warm" in capsys.readouterr().err
     given = str(folder / "whole" / "best.ckpt")
     for package, command in {
         "onnxscript": ["export", given, "--onnx", str(tmp_path / "a.onnx")],
@@ -233,7 +233,7 @@ def test_a_compact_checkpoint_is_evaluated_and_trained_on(runs, tmp_path, capsys
     assert cli.main(["evaluate", str(file), "--out", str(tmp_path / "evaluation")]) == 0
     measured = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     result = json.loads((folder / "whole" / "result.json").read_text())
-    assert measured["accuracy"] == pytest.approx(result["history"][-1]["test_accuracy"])
+    assert measured["accuracy"] == pytest.approx(result["test"]["test_accuracy"])
     plain = tmp_path / "plain.safetensors"
     assert cli.main(["export", str(file), "--weights", str(plain)]) == 0
     model = load_classifier(file).model

@@ -93,7 +93,7 @@ def test_output_goes_to_a_folder_of_this_machine(out, tmp_path, capsys, monkeypa
 def test_output_may_be_called_like_a_protocol(tmp_path, monkeypatch):
     """Relative to the current folder Lightning would read the checkpoint from the network."""
     monkeypatch.chdir(tmp_path)
-    train(replace(SHORT, epochs=1), Path("http:x"), keep_best=False)
+    train(replace(SHORT, epochs=1), Path("http:x"), keep="weights")
     assert (tmp_path / "http:x" / "result.json").is_file()
 
 
@@ -161,11 +161,61 @@ def test_fewer_images_than_processes_are_refused(devices, images, size, tmp_path
     options = ["--data", tmp_path / "data", "--devices", devices, "--batch-size", size]
     options += ["--accelerator", "cpu", "--out", tmp_path / "out"]
     words = refused(["train", *options], capsys)
-    assert f"{devices} processes need a test image each, and have {images}" in words
+    assert f"{devices} processes need a validation image each, and have {images}" in words
     assert not (tmp_path / "out").exists()
 
 
 # Wrong options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--epochs", "0"], "--epochs: must be at least 1, got 0"),
+        (["train", "--lr", "nan"], "--lr: must be at least 0, got nan"),
+        (["train", "--momentum", "1"], "--momentum: must be at least 0 and below 1, got 1"),
+        (["train", "--label-noise", "1.5"], "--label-noise: must be at least 0 and at most 1"),
+        (["train", "--seed", "x"], "--seed: must be a whole number, got 'x'"),
+        (["train", "--target-sparsity", "0.5"], "--target-sparsity needs an --l1 above 0"),
+        (["train", "--target-sparsity", "1"], "--target-sparsity: must be at least 0.01 and below"),
+        (["train", "--fly"], "unrecognized arguments: --fly"),
+        (["train", "--data", "/no/where"], "--data /no/where is not a folder"),
+        (["train", "--resume", "/no/where"], "nothing to resume in /no/where"),
+        (["train", "--resume", "/no/where", "--lr", "1"], "give no other option"),
+        (["train", "--config", "/no/where"], "can't read --config /no/where"),
+        (["train", "--devices", "3"], "--batch-size 20 can't be shared evenly by 3 processes"),
+        (["train", "--group-by", "("], "--group-by: must be a regular expression, got '('"),
+        (
+            ["train", "--val-fraction", "0.6", "--test-fraction", "0.5"],
+            "--val-fraction 0.6 and --test-fraction 0.5 leave nothing to train on",
+        ),
+        (["compare", "--l1", "0"], "compare needs --l1 and --weight-decay above 0"),
+        (["path", "--l1", "1", "0"], "--l1 must increase, got 1 0"),
+        (["compare", "--tune", "--l1", "1"], "--l1 can't be given with --tune, which finds it"),
+        (["compare", "--points", "3"], "--points is for --tune"),
+        (["tune", "--weight-decay", "1"], "--weight-decay can't be given"),
+        (["tune", "--target-sparsity", "0.5"], "there is nothing to tune"),
+        (["tune", "--lr", "0", "--accelerator", "cpu"], "--lr 0 has nothing to tune"),
+    ],
+)
+def test_wrong_options_are_named(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(arguments, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("fly: 1", "no such option: fly"),
+        ("epochs: many", "--epochs: must be a whole number"),
+        ("- 1", "must map options to values"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_wrong_run_files_are_named(text, words, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert words in refused(["train", "--config", str(tmp_path / "run.yaml")], capsys)
 
 
 @pytest.mark.parametrize(
@@ -237,11 +287,11 @@ def test_plots_show_what_they_can_of_a_name(tmp_path):
 
 def test_a_missed_target_is_said_with_its_reason(tmp_path, capsys):
     run = replace(SHORT, l1=1e-6, target_sparsity=0.9)
-    train(replace(run, epochs=1), tmp_path / "a", keep_best=False)
+    train(replace(run, epochs=1), tmp_path / "a", keep="weights")
     said = capsys.readouterr().out
     assert "--target-sparsity 0.9 was missed: zeros 0.0%; give more --epochs" in said
     stopping = replace(run, lr=0.0, momentum=0.0, evaluate_every=1, early_stopping=1, epochs=8)
-    result = train(stopping, tmp_path / "b", keep_best=False)
+    result = train(stopping, tmp_path / "b", keep="weights")
     assert len(result.history) < 8
     words = f"--early-stopping ended the run after {len(result.history)} of 8 epochs"
     assert words in capsys.readouterr().out

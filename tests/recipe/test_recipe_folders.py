@@ -3,6 +3,7 @@
 import os
 import unicodedata
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -39,25 +40,23 @@ def test_splits_of_other_names_are_known(train, val, test, tmp_path):
     run = make_splits(tmp_path, [train, val])
     images = load_images(run)
     assert split_folders(images.train) == {train}
-    assert split_folders(images.test) == {val}
-    assert images.notes == (f"trained on {train}, tested on {val}",)
+    assert split_folders(images.validation) == {val}
+    assert images.notes == (f"trained on {train}, validated on {val}",)
     assert default_split(run) == "val"
     make_images(tmp_path / test, CLASSES)
     images = load_images(run)
-    assert split_folders(images.test) == {val}
-    assert images.notes[0].endswith(
-        f"tested on {val}; {test} is left for `resnet-reg evaluate --split test`"
-    )
+    assert split_folders(images.test) == {test}
+    assert images.notes == (f"trained on {train}, validated on {val}, tested on {test}",)
     assert default_split(run) == "test"
     for split, name in (("train", train), ("val", val), ("test", test)):
         found = load_split(run, split, CLASSES)
         assert (found.name, split_folders(found)) == (split, {name})
 
 
-def test_test_chooses_only_where_nothing_may_be_for_validation(tmp_path):
-    run = make_splits(tmp_path, ["train", "Testing"])
+def test_val_is_drawn_only_where_no_folder_may_be_for_validation(tmp_path):
+    run = replace(make_splits(tmp_path, ["train", "Testing"]), val_fraction=0.5)
     images = load_images(run)
-    assert images.notes == ("trained on train, tested on Testing",)
+    assert "trained on train, tested on Testing" in images.notes
     for name in ("eval", "val2017", "validation_set", "Evaluation"):
         make_images(tmp_path / name, CLASSES)
         said = refused(run)
@@ -73,6 +72,7 @@ def test_a_folder_that_may_be_for_a_split_is_named_rather_than_train_split(name,
 
 def test_more_folders_for_train_and_test_are_left_unused(tmp_path):
     run = make_splits(tmp_path, ["train", "Train", "test", "test2", "testing"])
+    run = replace(run, val_fraction=0.5)
     images = load_images(run)
     assert (split_folders(images.train), split_folders(images.test)) == ({"train"}, {"test"})
     assert images.notes == ("left unused: Train, testing, test2",)
@@ -81,7 +81,7 @@ def test_more_folders_for_train_and_test_are_left_unused(tmp_path):
 def test_a_name_that_is_exact_wins_and_the_rest_is_said(tmp_path):
     run = make_splits(tmp_path, ["train", "val", "valid", "eval"])
     images = load_images(run)
-    assert split_folders(images.test) == {"val"}
+    assert split_folders(images.validation) == {"val"}
     assert images.notes == ("left unused: valid, eval",)
 
 
@@ -106,7 +106,9 @@ def test_classes_may_have_names_like_those_of_splits(tmp_path):
 
 
 def names_of(images):
-    return Counter(path.name for split in (images.train, images.test) for path in split.images)
+    return Counter(
+        path.name for split in (images.train, images.validation) for path in split.images
+    )
 
 
 def test_links_inside_a_class_are_followed(tmp_path):
@@ -139,7 +141,9 @@ def test_a_link_back_up_or_to_what_is_taken_takes_nothing_twice(target, tmp_path
     images = load_images(run_for(root, val_fraction=0.5))
     assert sum(names_of(images).values()) == 14
     # Images keep the path through the real folder.
-    assert not any("aside" in path.parts for path in (*images.train.images, *images.test.images))
+    assert not any(
+        "aside" in path.parts for path in (*images.train.images, *images.validation.images)
+    )
     (note,) = images.notes
     assert note.startswith(f"passed over the link {root / 'a' / 'aside'} and 2 more: ")
 
@@ -182,7 +186,7 @@ def test_system_folders_beside_splits_and_in_them_change_nothing(tmp_path):
         make_images(tmp_path / name, ["cat"])
     images = load_images(run)
     assert images.classes == ("cat", "dog")
-    assert (len(images.train), len(images.test)) == (8, 8)
+    assert (len(images.train), len(images.validation)) == (8, 8)
 
 
 def test_a_folder_named_like_an_image_is_a_folder(tmp_path):
@@ -213,8 +217,8 @@ def test_class_names_can_always_be_written(raw, name, layout, tmp_path):
     label = images.classes.index(name)
     for split in (
         images.train,
-        images.test,
-        load_split(run, "test" if layout == "fraction" else "val", images.classes),
+        images.validation,
+        load_split(run, "val", images.classes),
     ):
         assert {
             int(found)
@@ -241,7 +245,7 @@ def test_unicode_forms_of_a_name_are_the_same_class(tmp_path):
     make_images(tmp_path / "val", [decomposed, "dog"], count=2)
     images = load_images(run_for(tmp_path))
     assert images.classes == (composed, "dog")
-    assert images.test.labels.tolist() == [0, 0, 1, 1]
+    assert images.validation.labels.tolist() == [0, 0, 1, 1]
     assert not images.notes
     # Two such folders side by side are one class to whoever looks at them.
     make_images(tmp_path / "train", [decomposed])
@@ -254,8 +258,8 @@ def test_a_checkpoint_s_classes_are_known_in_another_unicode_form(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
     make_images(tmp_path, [decomposed, "z"])
     run = run_for(tmp_path, val_fraction=0.5)
-    found = load_split(run, "test", [composed, "z"])
-    assert found.images == load_images(run).test.images
+    found = load_split(run, "val", [composed, "z"])
+    assert found.images == load_images(run).validation.images
 
 
 @pytest.mark.parametrize("names", [["A", "a"], ["Straße", "STRASSE"]])

@@ -336,5 +336,5 @@ def test_what_is_no_regular_file_is_never_opened(make, kind, tmp_path):
     assert str(path) in said
     assert kind in said
     images = load_images(replace(run, corrupt="skip"))
-    assert len(images.train) + len(images.test) == 12
+    assert len(images.train) + len(images.validation) == 12
     assert images.notes[0].startswith(f"skipped {path}: ")

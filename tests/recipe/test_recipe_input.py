@@ -84,7 +84,7 @@ def trained(tmp_path_factory):
     ("place", "data"),
     [(".", None), (".", "hard"), (".", "hard/"), ("out", "../hard"), ("out", "{root}/hard")],
 )
-@pytest.mark.parametrize("split", ["train", "test", None])
+@pytest.mark.parametrize("split", ["train", "val", None])
 def test_a_run_s_images_are_split_as_in_training_however_they_are_named(
     place, data, split, trained, monkeypatch
 ):
@@ -93,8 +93,10 @@ def test_a_run_s_images_are_split_as_in_training_however_they_are_named(
     monkeypatch.chdir(trained / place)
     given = data and data.format(root=trained)
     found = load_split(classifier.run, split, CLASSES, given, classifier.source)
-    assert found.name == (split or "test")
-    assert [path.resolve() for path in found.images] == getattr(expected, found.name).images
+    assert found.name == (split or "val")
+    assert [path.resolve() for path in found.images] == (
+        expected.train if split == "train" else expected.validation
+    ).images
     assert len(found) == (14 if split == "train" else 6)
 
 
@@ -102,19 +104,19 @@ def test_evaluate_tells_a_run_s_images_from_others(trained, tmp_path, monkeypatc
     monkeypatch.chdir(trained)
     last = trained / "out" / "last.ckpt"
     told, text = measure(last, tmp_path / "named", data=str(trained / "hard"))
-    assert (count(told), told["split"]) == (6, "test")
-    assert "(test)" in text
+    assert (count(told), told["split"]) == (6, "val")
+    assert "(val)" in text
     # The same images elsewhere are still those that it was trained on.
     shutil.copytree(trained / "hard", tmp_path / "moved")
     told, _ = measure(last, tmp_path / "copied", data=str(tmp_path / "moved"))
-    assert (count(told), told["split"]) == (6, "test")
+    assert (count(told), told["split"]) == (6, "val")
     # These have the same names, but other sizes.
     make_images(tmp_path / "others", CLASSES, count=10, size=40)
     told, text = measure(last, tmp_path / "whole", data=str(tmp_path / "others"))
     assert (count(told), told["split"]) == (20, "all images")
     assert "20 images of" in text
     assert "(all images)" in text
-    assert "test" not in text.splitlines()[0].replace(str(tmp_path), "")
+    assert "val" not in text.splitlines()[0].replace(str(tmp_path), "")
 
 
 @pytest.mark.parametrize("change", ["one more", "one less", "another size"])
@@ -153,7 +155,7 @@ def test_a_checkpoint_that_does_not_tell_its_images_is_measured_as_before(tmp_pa
     run = run_for(make_images(tmp_path, CLASSES, count=10), val_fraction=0.3)
     images = load_images(run)
     for data in (None, run.data, f"{run.data}/"):
-        assert load_split(run, "test", CLASSES, data).images == images.test.images
+        assert load_split(run, "val", CLASSES, data).images == images.validation.images
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_pixels_of_more_than_8_bits_are_refused_or_left_out(dtype, name, tmp_pat
     assert str(tmp_path / "cat" / name) in words
     assert "more than 8 bits" in words
     images = load_images(replace(run, corrupt="skip"))
-    assert len(images.train) + len(images.test) == 12
+    assert len(images.train) + len(images.validation) == 12
     assert "more than 8 bits" in images.notes[0]
 
 
@@ -178,7 +180,7 @@ def test_images_of_8_bits_and_fewer_are_taken(mode, tmp_path):
     name = "x.jpg" if mode == "CMYK" else "x.png"
     Image.new(mode, (12, 12)).save(tmp_path / "cat" / name)
     images = load_images(run_for(tmp_path, val_fraction=0.5))
-    assert len(images.train) + len(images.test) == 13
+    assert len(images.train) + len(images.validation) == 13
 
 
 def spoil(model):
@@ -237,20 +239,20 @@ def test_projections_tell_their_share_of_the_variance(change, tmp_path, monkeypa
 
 def test_a_size_is_applied_as_in_training(tmp_path):
     root = split_folder(tmp_path / "data", {"train": 8, "val": 7, "test": 5})
-    run = run_for(root, train_size=6, test_size=4)
+    run = run_for(root, train_size=6, val_size=4, test_size=2)
     images = load_images(run)
-    for split, expected in (("train", images.train), ("val", images.test)):
+    sets = (("train", images.train), ("val", images.validation), ("test", images.test))
+    for split, expected in sets:
         found = load_split(run, split, CLASSES)
         assert found.images == expected.images
         assert torch.equal(found.labels, expected.labels)
         assert "the same as in training" in found.notes[-1]
-    # Neither what training didn't measure nor other images are cut down.
-    assert len(load_split(run, "test", CLASSES)) == 10
+    # Other images are not cut down.
     other = split_folder(tmp_path / "other", {"val": 3})
     assert len(load_split(run, None, CLASSES, str(other))) == 6
 
 
-@pytest.mark.parametrize("part", ["train_size", "test_size"])
+@pytest.mark.parametrize("part", ["train_size", "val_size"])
 @pytest.mark.parametrize(("counts", "size"), [((12, 12, 12), 35), ((20, 1, 4), 23), ((5, 5), 9)])
 def test_only_the_images_that_are_kept_need_one_of_each_class(part, counts, size, tmp_path):
     classes = "abc"[: len(counts)]
@@ -261,7 +263,8 @@ def test_only_the_images_that_are_kept_need_one_of_each_class(part, counts, size
         load_images(run_for(tmp_path, seed=seed, **{part: size})) for seed in (0, 0, 1)
     )
     kept, same, others = (
-        images.train if part == "train_size" else images.test for images in (first, again, other)
+        images.train if part == "train_size" else images.validation
+        for images in (first, again, other)
     )
     assert len(kept) == len(set(kept.images)) == size
     assert kept.images == same.images != others.images
@@ -277,13 +280,13 @@ def test_only_the_images_that_are_kept_need_one_of_each_class(part, counts, size
 def test_sizes_that_could_be_drawn_before_give_the_same_images(tmp_path):
     """The results in docs/ were made with these splits."""
     make_images(tmp_path, CLASSES, count=10)
-    images = load_images(run_for(tmp_path, val_fraction=0.3, train_size=9, test_size=4, seed=3))
-    train, test = (
+    images = load_images(run_for(tmp_path, val_fraction=0.3, train_size=9, val_size=4, seed=3))
+    train, val = (
         [f"{path.parent.name}{path.stem}" for path in split.images]
-        for split in (images.train, images.test)
+        for split in (images.train, images.validation)
     )
     assert train == ["cat4", "cat1", "cat2", "dog3", "dog9", "cat7", "dog8", "dog4", "dog2"]
-    assert test == ["dog7", "cat3", "dog5", "cat0"]
+    assert val == ["dog7", "cat3", "dog5", "cat0"]
 
 
 def test_files_that_are_no_images_by_their_names_are_counted(tmp_path):
@@ -326,7 +329,7 @@ def test_evaluate_tells_what_it_left_out_and_which_class_has_no_images(tmp_path,
         line.split() for line in text.splitlines() if line.startswith("dog  ") and "." in line
     )
     assert row[2:] == ["\N{EN DASH}", "0"]
-    # Training says the same of the images that it is tested on.
+    # Training says the same of the images that it is validated on.
     notes = load_images(run_for(root, corrupt="skip")).notes
     assert f"{root / 'val'} has no images of dog" in notes
 

@@ -89,7 +89,7 @@ def test_a_second_run_on_one_folder_gets_one_sentence(tmp_path, capsys):
 
 
 def test_an_evaluation_holds_its_folder_too(tmp_path):
-    train(replace(SHORT, epochs=1), tmp_path / "run", keep_best=False)
+    train(replace(SHORT, epochs=1), tmp_path / "run", keep="weights")
     out = tmp_path / "evaluation"
     out.mkdir()
     with locked(out), pytest.raises(RecipeError, match="in use by another run"):
@@ -116,7 +116,7 @@ def test_a_run_removes_what_a_killed_one_left_half_written(tmp_path):
     (tmp_path / ".last.ckpt.part").write_text("of version 0.1.0")
     (tmp_path / ".run.yaml.0123abcd.part").write_text("x")
     (tmp_path / "mine.part").write_text("x")
-    train(replace(SHORT, epochs=1), tmp_path, keep_best=False)
+    train(replace(SHORT, epochs=1), tmp_path, keep="weights")
     assert parts(tmp_path) == [tmp_path / "mine.part"]
 
 
@@ -139,7 +139,7 @@ def test_a_second_hang_up_does_not_kill(tmp_path):
 def test_nohup_is_respected(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        result = train(SHORT, tmp_path, keep_best=False, callbacks=[Signal(signal.SIGHUP, 1)])
+        result = train(SHORT, tmp_path, keep="weights", callbacks=[Signal(signal.SIGHUP, 1)])
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -216,9 +216,9 @@ def test_a_comparison_killed_at_any_write_ends_as_one_that_went_through(tmp_path
     out = tmp_path / "killed"
     begin = ["compare", *arguments(run), "--out", str(out)]
     resume = ["compare", "--resume", str(out)]
-    # compare.yaml; the first run's run.yaml, last.ckpt, predictions.csv, mistakes.json, result.json
-    # and last.ckpt cut down; the second's run.yaml and last.ckpt.
-    for nth, command in ((1, begin), (3, begin), (6, resume), (6, resume), (4, resume)):
+    # compare.yaml; the first run's run.yaml, best.ckpt, last.ckpt, predictions.csv, mistakes.json,
+    # result.json and last.ckpt cut down.
+    for nth, command in ((1, begin), (3, begin), (4, resume), (7, resume), (6, resume)):
         if (out / "compare.yaml").exists() and command is begin:
             command = resume
         killed = subprocess.run(
@@ -249,7 +249,7 @@ def test_a_comparison_killed_at_any_write_ends_as_one_that_went_through(tmp_path
 def test_a_result_of_other_settings_is_not_taken_for_this_run_s(tmp_path):
     run = replace(SHORT, epochs=1, l1=1e-3, weight_decay=1e-3)
     folder = tmp_path / "seed0" / "none"
-    train(replace(run, l1=0.0, weight_decay=0.0, lr=0.5), folder, keep_best=False)
+    train(replace(run, l1=0.0, weight_decay=0.0, lr=0.5), folder, keep="weights")
     save_options({**asdict(run), "seeds": 1}, tmp_path / "compare.yaml")
     with pytest.raises(RecipeError, match=r"holds the result of another run: --lr 0.5, not 0.02"):
         compare.compare(run, 1, Path(tmp_path), resume=True)

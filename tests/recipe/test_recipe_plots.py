@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from test_recipe_verdicts import results
 
-from resnet_reg_ext.recipe import compare, plots
+from resnet_reg_ext.recipe import plots
+from resnet_reg_ext.recipe import verdicts as compare
 
 
 @pytest.fixture

@@ -183,24 +183,25 @@ def test_evaluate_says_that_folders_for_splits_have_changed(tmp_path):
     data = split_folder(tmp_path / "data", {"train": 3, "val": 3, "test": 2})
     path = save(tmp_path / "best.ckpt", run_for(data))
     assert measure(path, tmp_path / "e", split="test")[0]["notes"] == []
-    (data / "test" / "cat" / "0.png").unlink()  # neither trained nor chose
-    assert measure(path, tmp_path / "e", split="test")[0]["notes"] == []
     shutil.copy(data / "train" / "cat" / "0.png", data / "val" / "dog" / "new.png")
     for split in ("val", "test"):
         told, text = measure(path, tmp_path / "e", split=split)
-        assert told["notes"][0].startswith(f"{data}: the images of training and selection are not")
+        assert told["notes"][0].startswith(f"{data}: the images are not what they were")
         assert "come, gone or changed" in text
     shutil.rmtree(data / "train")  # test can be measured all the same
     told, _ = measure(path, tmp_path / "e", split="test")
     assert "come, gone or changed" in told["notes"][0]
 
 
-def test_the_digits_that_were_tested_on_chose_the_checkpoint(tmp_path):
-    run = run_for("digits", train_size=20, test_size=20)
-    (note,) = measure(save(tmp_path / "best.ckpt", run), tmp_path / "e")[0]["notes"]
+def test_of_the_digits_those_for_validation_chose_the_checkpoint(tmp_path):
+    sizes = {"train_size": 20, "val_size": 20, "test_size": 20}
+    path, out = save(tmp_path / "best.ckpt", run_for("digits", **sizes)), tmp_path / "e"
+    assert measure(path, out)[0]["notes"] == []
+    (note,) = measure(path, out, split="val")[0]["notes"]
     assert "chose the epoch" in note
-    path = save(tmp_path / "last.ckpt", run_for("digits", early_stopping=2, test_size=20))
-    assert "when training stopped" in measure(path, tmp_path / "e")[0]["notes"][0]
+    without_test = {**sizes, "test_size": 0, "early_stopping": 2}
+    path = save(tmp_path / "last.ckpt", run_for("digits", **without_test))
+    assert "when training stopped" in measure(path, out)[0]["notes"][0]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.97, 1.0])

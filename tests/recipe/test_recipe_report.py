@@ -125,7 +125,7 @@ def test_a_run_is_reported_with_its_mistakes_and_its_command(trained, tmp_path):
     result = json.loads((out / "result.json").read_text())
     last, words = result["history"][-1], page.words()
     assert f"{last['train_accuracy']:.3f}" in words
-    assert "test accuracy" in words
+    assert "validation accuracy" in words
     for name in HOSTILE:
         assert name in words
     mistakes = json.loads((out / "mistakes.json").read_text())
@@ -170,7 +170,7 @@ def test_a_comparison_of_an_earlier_version_is_reported(tmp_path):
 
 
 def test_the_names_of_files_old_and_new_are_read_alike(trained, tmp_path):
-    """What later versions write: validation apart from test, and the best weights' figures."""
+    """Validation apart from test, and the best weights' figures."""
     shutil.copytree(trained / "out", tmp_path / "new", ignore=shutil.ignore_patterns("*.ckpt"))
     path = tmp_path / "new" / "result.json"
     content = json.loads(path.read_text())

@@ -17,6 +17,7 @@ from resnet_reg_ext.recipe.files import RecipeError, Stopped
 from resnet_reg_ext.recipe.results import Result
 from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import train
+from resnet_reg_ext.recipe.verdicts import table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,6 +26,7 @@ SHORT = Run(
     data="digits",
     image_size=8,
     train_size=10,
+    val_size=10,
     test_size=10,
     batch_size=10,
     epochs=4,
@@ -48,7 +50,7 @@ class Signal(Callback):
 def whole(tmp_path_factory):
     """A run that went through, and its weights."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    result = train(SHORT, out, keep_best=False)
+    result = train(SHORT, out, keep="weights")
     return result, torch.load(out / "last.ckpt", weights_only=True)["state_dict"]
 
 
@@ -61,14 +63,14 @@ def test_a_signal_stops_after_an_epoch_of_one_step(number, step, whole, tmp_path
     out = tmp_path / "out"
     before = signal.getsignal(number)
     with pytest.raises(Stopped, match=number.name) as stopped:
-        train(SHORT, out, keep_best=False, callbacks=[Signal(number, step)])
+        train(SHORT, out, keep="weights", callbacks=[Signal(number, step)])
     assert stopped.value.number == number
     assert signal.getsignal(number) is before
     left = torch.load(out / "last.ckpt", weights_only=True)
     assert left["global_step"] == step
     assert not (out / "result.json").exists()
     # It goes on to the bits of the run that went through.
-    resumed = train(SHORT, out, keep_best=False, resume=True)
+    resumed = train(SHORT, out, keep="weights", resume=True)
     result, weights = whole
     assert resumed.history == result.history
     assert resumed.confusion == result.confusion
@@ -80,14 +82,14 @@ def test_a_signal_stops_after_an_epoch_of_one_step(number, step, whole, tmp_path
 def test_early_stopping_is_not_undone_by_a_signal(tmp_path):
     """With a learning rate of 0 no loss is lower than the first but for batch norm's statistics."""
     run = replace(SHORT, evaluate_every=1, early_stopping=1, epochs=8, lr=0.0, momentum=0.0)
-    went_through = train(run, tmp_path / "whole", keep_best=False)
+    went_through = train(run, tmp_path / "whole", keep="weights")
     ended = len(went_through.history)
     assert 2 <= ended < run.epochs
     for step in (ended - 1, ended):
         out = tmp_path / f"{step}"
         with pytest.raises(Stopped):
-            train(run, out, keep_best=False, callbacks=[Signal(signal.SIGTERM, step)])
-        assert train(run, out, keep_best=False, resume=True).history == went_through.history
+            train(run, out, keep="weights", callbacks=[Signal(signal.SIGTERM, step)])
+        assert train(run, out, keep="weights", resume=True).history == went_through.history
 
 
 def test_an_error_gives_the_signals_back_and_closes_the_bar(tmp_path, capsys):
@@ -143,20 +145,20 @@ def test_result_files_are_json_where_training_diverges(tmp_path):
             module.model.fc.bias.data.fill_(math.nan)
 
     run = replace(SHORT, epochs=1)
-    result = train(run, tmp_path / "out", keep_best=False, callbacks=[Diverged()])
-    assert math.isnan(result.last["test_loss"])
+    result = train(run, tmp_path / "out", keep="weights", callbacks=[Diverged()])
+    assert math.isnan(result.last["validation_loss"])
     text = (tmp_path / "out" / "result.json").read_text()
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
 
-    assert json.loads(text, parse_constant=refuse)["history"][0]["test_loss"] is None
+    assert json.loads(text, parse_constant=refuse)["history"][0]["validation_loss"] is None
     again = Result.load(tmp_path / "out")
-    assert math.isnan(again.last["test_loss"])
+    assert math.isnan(again.last["validation_loss"])
     assert again.run == run
     # An option that is not given stays so.
     assert again.run.val_fraction is None
-    assert compare.table({"run": [again]}) == compare.table({"run": [result]})
+    assert table({"run": [again]}) == table({"run": [result]})
     compare._save({"run": [again]}, "", tmp_path, "compare")
     json.loads((tmp_path / "compare.json").read_text(), parse_constant=refuse)
 

@@ -10,8 +10,9 @@ import io
 import json
 import math
 import re
+import shutil
+from dataclasses import replace
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -21,11 +22,10 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from resnet_reg_ext import TargetSparsity, cli
-from resnet_reg_ext.recipe.callbacks import Checkpoints
 from resnet_reg_ext.recipe.loaders import EpochBatches
 from resnet_reg_ext.recipe.model import Classifier
 from resnet_reg_ext.recipe.settings import Run
-from resnet_reg_ext.recipe.train import be_quiet, train
+from resnet_reg_ext.recipe.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,7 +118,7 @@ def steered(folder, tmp_path_factory):
         accelerator="cpu",
     )
     out, record = tmp_path_factory.mktemp("steered") / "run", Record()
-    return train(run, out, keep_best=False, callbacks=[record]), out, record
+    return train(run, out, keep="weights", callbacks=[record]), out, record
 
 
 def images_of(folder):
@@ -155,41 +155,80 @@ def measured(checkpoint, folder):
 def test_what_a_run_reports_is_what_its_checkpoint_does_on_train_and_val(learned, folder):
     result, out, _, printed = learned
     with next(out.glob("csv/*/metrics.csv")).open() as file:
-        logged = [row for row in csv.DictReader(file) if row["test_loss"]][-1]
+        logged = [row for row in csv.DictReader(file) if row["validation_loss"]][-1]
     found = {}
-    for name, split in (("train", "train"), ("test", "val")):
+    for name, split in (("train", "train"), ("validation", "val")):
         found[name] = measured(out / "last.ckpt", folder / split)
         for metric in ("accuracy", "loss", "f1"):
             value = pytest.approx(found[name][metric], **CLOSE)
             assert result.last[f"{name}_{metric}"] == value
             assert float(logged[f"{name}_{metric}"]) == value
-    assert result.confusion == found["test"]["confusion"]
+    on_test = measured(out / "last.ckpt", folder / "test")
+    assert result.confusion == on_test["confusion"]
+    for metric in ("accuracy", "loss", "f1"):
+        value = pytest.approx(on_test[metric], **CLOSE)
+        assert result.last[f"test_{metric}"] == result.last[f"held_out_{metric}"] == value
+    assert result.last["gap"] == result.last["train_accuracy"] - result.last["test_accuracy"]
+    assert sum(result.test.right) == sum(on_test["confusion"][c][c] for c in range(2))
     # The figures could not have been taken for each other.
     train_accuracy, accuracy, f1 = (
         found["train"]["accuracy"],
-        found["test"]["accuracy"],
-        found["test"]["f1"],
+        found["validation"]["accuracy"],
+        found["validation"]["f1"],
     )
     assert len({round(value, 2) for value in (train_accuracy, accuracy, f1)}) == 3
-    line = re.findall(r"epoch \d+: accuracy (.*) train, (.*) test; test loss (.*); zeros", printed)
+    line = re.findall(
+        r"epoch \d+: accuracy (.*) train, (.*) validation; validation loss (.*); zeros", printed
+    )
     assert line[-1][:2] == (f"{train_accuracy:.3f}", f"{accuracy:.3f}")
     # Rounded to three digits.
-    assert float(line[-1][2]) == pytest.approx(found["test"]["loss"], rel=1e-3, abs=5e-4)
+    assert float(line[-1][2]) == pytest.approx(found["validation"]["loss"], rel=1e-3, abs=5e-4)
 
 
-def test_best_ckpt_is_of_the_lowest_test_loss(learned, folder):
+def test_best_ckpt_is_of_the_lowest_validation_loss(learned, folder):
     result, out, _, _ = learned
-    losses = [row["test_loss"] for row in result.history]
+    losses = [row["validation_loss"] for row in result.history]
     assert max(losses) > 1.1 * min(losses)
     assert losses[-1] != min(losses)
-    assert measured(out / "best.ckpt", folder / "val")["loss"] == pytest.approx(
-        min(losses), **CLOSE
-    )
+    found = measured(out / "best.ckpt", folder / "val")["loss"]
+    assert found == pytest.approx(min(losses), **CLOSE)
+    # What is told of a run that was to stop early is what its best weights do.
+    early, on_test = result.reported, measured(out / "best.ckpt", folder / "test")
+    assert early.last["epoch"] == result.best.epoch == 1 + losses.index(min(losses))
+    assert early.last["validation_loss"] == min(losses)
+    assert early.confusion == on_test["confusion"]
+    assert early.last["test_loss"] == pytest.approx(on_test["loss"], **CLOSE)
+    assert early.last["test_loss"] != result.last["test_loss"]
 
 
-def test_early_stopping_waits_as_long_as_asked_for_a_lower_test_loss(learned):
+class Away(Callback):
+    """The test images are elsewhere while there is anything that could be chosen by them."""
+
+    def __init__(self, folder):
+        self.here, self.away = folder / "test", folder / "away"
+
+    def on_fit_start(self, *_):
+        self.here.rename(self.away)
+
+    def on_fit_end(self, *_):
+        self.away.rename(self.here)
+
+
+def test_nothing_is_chosen_by_the_test_images(learned, folder, tmp_path):
+    """The run whose test images can't be read until its end is the same, epoch by epoch."""
     result, _, _, _ = learned
-    losses = [row["test_loss"] for row in result.history]
+    root = tmp_path / "data"
+    shutil.copytree(folder, root)
+    run = replace(result.run, data=str(root))
+    again = train(run, tmp_path / "out", callbacks=[Away(root)])
+    assert again.history == result.history
+    assert again.best == result.best
+    assert again.test == result.test
+
+
+def test_early_stopping_waits_as_long_as_asked_for_a_lower_validation_loss(learned):
+    result, _, _, _ = learned
+    losses = [row["validation_loss"] for row in result.history]
     lowest = losses.index(min(losses))
     assert len(losses) == lowest + 1 + result.run.early_stopping < result.run.epochs
     # The training loss went on falling meanwhile.
@@ -243,7 +282,7 @@ def test_training_sees_shifted_images_in_the_order_of_the_seed(learned, folder):
     assert len(set(seen)) > 15
 
 
-def test_evaluate_takes_test_where_the_run_took_val(learned, folder, tmp_path, capsys):
+def test_evaluate_takes_test_where_there_is_one(learned, folder, tmp_path, capsys):
     _, out, _, _ = learned
     checkpoint = out / "last.ckpt"
     accuracies = set()
@@ -293,72 +332,3 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert all(torch.equal(first[name], again[name]) for name in first)
     for name in ("model.conv1.weight", "model.fc.weight"):
         assert not torch.equal(first[name], other[name])
-
-
-class Given(pl.LightningModule):
-    """Has the test losses that it is given, one an epoch; its state tells the epoch."""
-
-    def __init__(self, losses):
-        super().__init__()
-        self.given = losses
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.register_buffer("epoch", torch.tensor(0))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def train_dataloader(self):
-        return torch.utils.data.DataLoader(torch.ones(2, 1))
-
-    val_dataloader = train_dataloader
-
-    def training_step(self, batch, _):
-        self.epoch.fill_(self.current_epoch + 1)
-        return (batch * self.weight).sum()
-
-    def validation_step(self, batch, _):
-        self.log("test_loss", self.given[self.current_epoch])
-
-
-def kept(folder, losses, *, best=True, resume=False, every=1):
-    """Goes through as many epochs as there are losses; returns the epochs of the checkpoints."""
-    be_quiet()
-    trainer = pl.Trainer(
-        max_epochs=len(losses),
-        check_val_every_n_epoch=every,
-        num_sanity_val_steps=0,
-        accelerator="cpu",
-        callbacks=[Checkpoints(folder, best=best)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    start = folder / "last.ckpt" if resume else None
-    trainer.fit(Given(losses), ckpt_path=start, weights_only=True)
-    return {
-        path.stem: torch.load(path, weights_only=True)["state_dict"]["epoch"].item()
-        for path in folder.glob("*.ckpt")
-    }
-
-
-def test_checkpoints_keep_the_last_epoch_and_that_of_the_lowest_loss(tmp_path):
-    assert kept(tmp_path, [3.0, 1.0, 2.0]) == {"best": 2, "last": 3}
-    assert "optimizer_states" not in torch.load(tmp_path / "best.ckpt", weights_only=True)
-    assert "optimizer_states" in torch.load(tmp_path / "last.ckpt", weights_only=True)
-
-
-def test_checkpoints_know_the_lowest_loss_after_a_resumption(tmp_path):
-    assert kept(tmp_path, [3.0, 1.0]) == {"best": 2, "last": 2}
-    # Higher than before the resumption, then lower than that but not lowest, then lowest.
-    assert kept(tmp_path, [3.0, 1.0, 2.5, 1.5], resume=True) == {"best": 2, "last": 4}
-    assert kept(tmp_path, [3.0, 1.0, 2.5, 1.5, 0.5], resume=True) == {"best": 5, "last": 5}
-
-
-def test_checkpoints_are_of_epochs_that_were_evaluated(tmp_path):
-    # The losses of epochs 1 and 3 are never measured.
-    assert kept(tmp_path, [0.0, 1.0, 0.0, 2.0, 3.0], every=2) == {"best": 2, "last": 4}
-
-
-def test_checkpoints_leave_out_the_best_where_it_is_not_asked_for(tmp_path):
-    assert kept(tmp_path, [3.0, 1.0], best=False) == {"last": 2}
