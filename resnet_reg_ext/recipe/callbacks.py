@@ -139,9 +139,10 @@ class Checkpoints(Callback):
         if not evaluated(trainer):
             return
         loss = float(trainer.callback_metrics["validation_loss"])
+        is_shrinking = isinstance(pl_module, Classifier) and pl_module.is_shrinking
         # Any loss is better than NaN, as that of an epoch that diverged.
         is_lowest = self.lowest is None or math.isnan(self.lowest) or loss < self.lowest
-        if is_lowest and not getattr(pl_module, "is_shrinking", False):
+        if is_lowest and not is_shrinking:
             self.lowest, self.best_epoch = loss, trainer.current_epoch + 1
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
         trainer.save_checkpoint(self.folder / "last.ckpt")

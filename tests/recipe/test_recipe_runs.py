@@ -129,7 +129,7 @@ def test_the_logs_of_a_run_and_of_its_resumption_are_listed(tmp_path, capsys):
     assert cli.main(["train", "--resume", str(out)]) == 0
     listed = capsys.readouterr().out.partition("Written:\n")[2].split()
     assert all(os.path.exists(path) for path in listed)
-    logs = [path for path in listed if path.endswith(".csv")]
+    logs = [path for path in listed if path.endswith("metrics.csv")]
     steps = []
     for path in logs:
         with open(path) as file:
