@@ -145,6 +145,6 @@ $(WHEEL): $(SOURCES) | .venv/.torch
 
 .venv-older/.ready: $(WHEEL)
 	$(PYTHON) -m venv .venv-older
-	$(OLD)/pip install $(PIP_FLAGS) $(OLDER_TORCH) numpy scipy scikit-learn pytest pytest-xdist hypothesis
+	$(OLD)/pip install $(PIP_FLAGS) $(OLDER_TORCH) numpy scipy scikit-learn safetensors pytest pytest-xdist hypothesis
 	$(OLD)/pip install $(PIP_FLAGS) --no-deps --force-reinstall build/wheel/*.whl
 	touch $@

@@ -68,7 +68,7 @@ def test_versions_agree():
 def test_what_is_installed_holds_no_litter():
     files = importlib.metadata.files("resnet_reg_ext")
     kinds = {f.suffix for f in files if f.parts[0] == "resnet_reg_ext"} - {".pyc"}
-    assert kinds == {".py", ".so", ".typed"}
+    assert kinds == {".py", ".so", ".typed", ".jinja"}
     natives = [f for f in files if f.suffix == ".so"]
     assert len(natives) == 1
     tops = {f.parts[0] for f in files} - {".."}  # the console script lies outside
@@ -141,6 +141,7 @@ def test_public_names():
     ]
     assert sorted(resnet_reg_ext.functional.__all__) == [
         "elastic_net_prox",
+        "group_soft_threshold",
         "prox_sgd_",
         "soft_threshold",
     ]
