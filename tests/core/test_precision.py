@@ -474,9 +474,7 @@ def test_zeros_are_frozen_after_a_schedule_that_took_l1_to_0():
 
 def test_freezing_zeros_where_no_group_has_an_l1_is_an_error():
     optimizer = ProxSGD([parameter(4, 0)], l1=0.0)
-    with pytest.raises(
-        ValueError, match="no parameter group has an l1 or a group_lasso above 0"
-    ):
+    with pytest.raises(ValueError, match="no parameter group has an l1 or a group_lasso above 0"):
         optimizer.freeze_zeros()
     optimizer.freeze_zeros(False)
     assert optimizer.param_groups[0]["frozen_zeros"] is False
