@@ -8,13 +8,11 @@ import random
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from resnet_reg_ext import ProxSGD, apply_patch, param_groups, save_patch, sparsity
-
-pytest.importorskip("safetensors", reason="the extra 'patch' isn't installed")
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 
 def net(classes=5):
@@ -120,8 +118,10 @@ def test_a_new_head_and_removed_tensors(tmp_path):
     assert bits(model.state_dict()) == before
 
 
+@pytest.mark.one_torch
 def test_resnet50_with_95_percent_of_its_weights_at_the_start(tmp_path):
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in torchvision.models.resnet50().named_parameters()}
     generator = torch.Generator().manual_seed(0)
