@@ -22,12 +22,10 @@ demo: .venv/.ready-demo
 BOTH_CORES := OMP_WAIT_POLICY=passive
 # In the order of collection, which spreads the long files; by their number of tests, those would come last.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
-# Many of these start programs and wait for them.
-IN_THREE := -n 3 --dist loadfile --no-loadscope-reorder
 
 # The run on .venv comes last, so that its summary is the last thing printed.
 test: .venv/.ready test-older test-python-reader test-sanitize
-	$(BOTH_CORES) $(BIN)/pytest $(IN_THREE)
+	$(BOTH_CORES) $(BIN)/pytest $(IN_TWO)
 
 # The same wheel, unchanged, on another torch: what depends on torch and doesn't need the programs
 # of .venv (torchvision, Lightning, ...).
