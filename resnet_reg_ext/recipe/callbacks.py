@@ -84,14 +84,18 @@ class StopOnSignal(Callback):
             trainer.save_checkpoint(self.checkpoint)
             raise Stopped(self.received or signal.SIGTERM, self.checkpoint.parent)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives the signals back."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gives the signals back.
+
+        Before Lightning does: its own handler, put back after that, would hold the trainer, and so
+        the model, for as long as the process lives.
+        """
         self._give_back()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Gives the signals back: there is no teardown then."""
+        """Gives the signals back."""
         self._give_back()
 
 

@@ -7,13 +7,9 @@ process is the run that started this one.
 
 from __future__ import annotations
 
-import gc
 import os
-import signal
 import socket
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -173,22 +169,3 @@ def trainer_processes(run: Run) -> tuple[dict[str, Any], ClusterEnvironment]:
     # A single process never tells Lightning its rank, which was read from RANK at the import.
     rank_zero_only.rank = started.rank  # type: ignore[attr-defined]
     return {"devices": run.devices, "strategy": run.strategy}, environment
-
-
-@contextmanager
-def signal_handlers_kept() -> Iterator[None]:
-    """Puts the signal handlers back and collects what a run leaves.
-
-    Lightning leaves its trainer's handler of SIGTERM, which would hold the model, its gradients and
-    the optimizer's state for as long as the process lives.
-    """
-    in_main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    kept = {number: signal.getsignal(number) for number in numbers} if in_main else {}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            if handler is not None:  # None: not set from Python
-                signal.signal(number, handler)
-        gc.collect()

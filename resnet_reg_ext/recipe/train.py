@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from .loaders import ImageData, class_weights
 from .measure import measured
 from .model import Classifier, shape_as
 from .predictions import save_predictions
-from .processes import is_rank_zero, signal_handlers_kept, trainer_processes
+from .processes import is_rank_zero, trainer_processes
 from .removal import removal_of
 from .results import Result, made_with
 from .settings import OPTIONS_FILES, Run, save_options
@@ -71,6 +72,9 @@ def train(
         Stopped: a signal came; ``last.ckpt`` is what to resume from.
     """
     be_quiet()
+    # A former run's trainer and model refer to each other. Few objects, but hundreds of megabytes:
+    # Python's collector, which counts objects, would come late.
+    gc.collect()
     last = out / "last.ckpt"
     before = _before(out, resume)
     run = settled(run, before)
@@ -87,7 +91,7 @@ def train(
     removal = removal_of(run, classifier, images.train, resumed=resume)
     ahead = [] if resume else foretold(classifier, count_steps(run, len(images.train)))
     prepare_folder(out, 2 * FULL_CHECKPOINT + 2 * WEIGHTS)
-    with signal_handlers_kept(), locked(out) if is_rank_zero() else nullcontext():
+    with locked(out) if is_rank_zero() else nullcontext():
         if not resume:
             _before(out, resume)  # another run may have been here since
         if is_rank_zero():

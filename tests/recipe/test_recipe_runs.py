@@ -1,10 +1,12 @@
 """How runs stop, go on and are refused, and what their files, plots and verdicts show."""
 
 import csv
+import gc
 import json
 import math
 import os
 import signal
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -90,6 +92,22 @@ def test_early_stopping_is_not_undone_by_a_signal(tmp_path):
         with pytest.raises(Stopped):
             train(run, out, keep="weights", callbacks=[Signal(signal.SIGTERM, step)])
         assert train(run, out, keep="weights", resume=True).history == went_through.history
+
+
+def test_a_finished_run_gives_the_signals_back_and_lets_its_model_go(tmp_path):
+    """Lightning's handler of SIGTERM holds the trainer, and so the model."""
+    models = []
+
+    class Notes(Callback):
+        def on_train_start(self, trainer, pl_module):
+            models.append(weakref.ref(pl_module))
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    train(replace(SHORT, epochs=1), tmp_path / "out", keep="result", callbacks=[Notes()])
+    assert [signal.getsignal(number) for number in numbers] == before
+    gc.collect()
+    assert [model() for model in models] == [None]
 
 
 def test_an_error_gives_the_signals_back_and_closes_the_bar(tmp_path, capsys):
