@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from . import markdown
 from .markdown import grid
 from .plots import COLOURS, INK, STYLE
 
-BEGIN, END = "<!-- channels:begin -->", "<!-- channels:end -->"
 WAYS = {"eager": "eager", "folded": "folded norms, channels_last", "onnxruntime": "onnxruntime"}
 PLOT = "accuracy-latency.svg"
 TITLES = {"digits": "Digits, from scratch", "frontier": "Fine-tuning on few images"}
@@ -29,7 +29,8 @@ def write(folder: Path, page: Path) -> list[Path]:
     """
     results = read(folder)
     plot = _draw(results, folder / PLOT)
-    page.write_text(with_block(page.read_text(encoding="utf-8"), block(results)), encoding="utf-8")
+    new = markdown.with_block(page.read_text(encoding="utf-8"), "channels", block(results))
+    page.write_text(new, encoding="utf-8")
     return [plot, page]
 
 
@@ -40,15 +41,6 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
         for name in TITLES
         if (folder / f"{name}.json").is_file()
     }
-
-
-def with_block(text: str, new: str) -> str:
-    """The text with everything between its markers replaced."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page needs a line {BEGIN} and, below it, a line {END}")
-    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
 
 
 def summary(results: dict[str, Any]) -> list[dict[str, Any]]:

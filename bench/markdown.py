@@ -16,6 +16,20 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 
+def with_block(text: str, name: str, block: str) -> str:
+    """The text with everything between the markers of a name replaced.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
+    if not begin or not end:
+        raise ValueError(f"it needs a line {first} and, below it, a line {last}")
+    return f"{before}{first}\n\n{block}\n\n{last}{after}"
+
+
 def spread(q: dict[str, float], digits: int = 2) -> str:
     return f"{q['q50']:.{digits}f} ({q['q20']:.{digits}f} to {q['q80']:.{digits}f})"
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from . import markdown, plots, readme_plots
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMMAND = "python -m bench --out bench/results"
 PAGE = Path(__file__).resolve().with_name("README.md")
 README_ROWS = {
@@ -43,7 +42,7 @@ def is_current(file: Path, path: Path) -> bool:
         ValueError: the file has no place for the block.
     """
     text = file.read_text(encoding="utf-8")
-    return _with_block(text, _block_for(file, path)) == text
+    return markdown.with_block(text, "bench", _block_for(file, path)) == text
 
 
 def update(file: Path, path: Path) -> bool:
@@ -53,7 +52,7 @@ def update(file: Path, path: Path) -> bool:
         ValueError: the file has no place for the block.
     """
     text = file.read_text(encoding="utf-8")
-    new = _with_block(text, _block_for(file, path))
+    new = markdown.with_block(text, "bench", _block_for(file, path))
     if new != text:
         file.write_text(new, encoding="utf-8")
     return new != text
@@ -102,12 +101,3 @@ def _block(results: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
         f"in turn. Made by `{COMMAND}{' --quick' if results['quick'] else ''}`.",
     ]
     return "\n\n".join(parts)
-
-
-def _with_block(text: str, block: str) -> str:
-    """The text with everything between its markers replaced."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"it needs a line {BEGIN} and, below it, a line {END}")
-    return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"

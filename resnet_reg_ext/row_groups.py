@@ -45,6 +45,13 @@ def check_group(group: Mapping[str, Any], where: str, count: int | None = None) 
     Raises:
         ValueError: names the option and its value.
     """
+    _check_lists(group, where, count)
+    for i, value in enumerate(group.get("row_weights") or ()):
+        _weights(value, f"{where}row_weights[{i}]")
+
+
+def _check_lists(group: Mapping[str, Any], where: str, count: int | None) -> None:
+    """The same without the numbers in ``row_weights``."""
     coefficient = group_lasso_of(group, where)
     for key in ("rows", "row_weights"):
         values = group.get(key)
@@ -63,8 +70,6 @@ def check_group(group: Mapping[str, Any], where: str, count: int | None = None) 
         for i, value in enumerate(values):
             if key == "rows" and value is not None and type(value) is not int:
                 raise ValueError(f"{where}rows[{i}] is {value!r}: must be an int or None")
-            if key == "row_weights":
-                _weights(value, f"{where}row_weights[{i}]")
     if coefficient > 0 and has_rows(group) and towards_start(group):
         raise ValueError(
             f"{where}group_lasso is {group['group_lasso']} with rows and toward='start': the group "
@@ -116,7 +121,7 @@ def read(groups: Sequence[Mapping[str, Any]], frozen: Sequence[bool]) -> list[Re
     members: dict[int, list[tuple[Place, Tensor]]] = {}
     for g, group in enumerate(groups):
         params = list(group["params"])
-        check_group(group, wheres[g], len(params))
+        _check_lists(group, wheres[g], len(params))  # _weights_of checks those that count
         for i, number in enumerate(group.get("rows") or ()):
             if number is not None:
                 members.setdefault(number, []).append(((g, i), params[i]))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Run = Callable[[], None]
@@ -18,6 +19,13 @@ class Skip(enum.Enum):
     """Why there is nothing to run."""
 
     FOUND_INF = "the gradients hold an infinity or a NaN"
+
+
+def raise_versions(written: Iterable[list[Tensor]]) -> None:
+    """Tells autograd that lists of tensors change; torch's own operations do so themselves."""
+    for tensors in written:
+        if tensors:
+            torch.autograd.graph.increment_version(tensors)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..options import Options
 from . import dtensor, native, pure
-from .bucket import Bucket, Run, Skip
+from .bucket import Bucket, Run, Skip, raise_versions
 from .checks import check_operands
 from .device_values import DeviceValues, is_capturing
 
@@ -67,7 +67,7 @@ def prepare(
     if isinstance(run, native.NativeRun):
         run.written += bucket.written()
         return run
-    return partial(_run_on_shards, run, bucket)
+    return partial(run_on_shards, run, [bucket])
 
 
 def check_may_run(bucket: Bucket, fused: bool | None, capturable: bool) -> None:
@@ -246,9 +246,8 @@ def _in_layout_of(param: Tensor, tensor: Tensor) -> Tensor:
         return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
-def _run_on_shards(run: Run, bucket: Bucket) -> None:
+def run_on_shards(run: Run, buckets: Sequence[Bucket]) -> None:
     """Runs a step of this process's shards and tells autograd that the DTensors have changed."""
     run()
-    for tensors in bucket.written():
-        if tensors:
-            torch.autograd.graph.increment_version(tensors)
+    for bucket in buckets:
+        raise_versions(bucket.written())

@@ -23,6 +23,7 @@ from .dispatch import (
     read_values,
     refuse_stray_dtensors,
     resolve_negation,
+    run_on_shards,
 )
 from .row_sets import Part, RowSet, check_alike, rows_contiguous, uniform
 
@@ -62,7 +63,7 @@ def prepare(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run | Skip:
     if not all(map(Tensor.numel, chain.from_iterable(part.bucket.params for part in local))):
         sets = _without_empty(sets, local)
     run = _prepare_local(local, sets)
-    return partial(_run_on_shards, run, divided) if divided else run
+    return partial(run_on_shards, run, divided) if divided else run
 
 
 def _without_empty(sets: Sequence[RowSet], parts: Sequence[Part]) -> list[RowSet]:
@@ -200,12 +201,3 @@ def _prepare_native(
             copy_back(bucket, laid_out, odd)
 
     return run
-
-
-def _run_on_shards(run: Run, buckets: Sequence[Bucket]) -> None:
-    """Runs a step of this process's shards and tells autograd that the DTensors have changed."""
-    run()
-    for bucket in buckets:
-        for tensors in bucket.written():
-            if tensors:
-                torch.autograd.graph.increment_version(tensors)

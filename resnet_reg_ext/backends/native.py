@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..options import Options
 from . import openmp
-from .bucket import Bucket, Run
+from .bucket import Bucket, Run, raise_versions
 from .device_values import NUMBER_DTYPES, DeviceValues
 from .row_sets import Part, RowSet
 
@@ -163,10 +163,7 @@ def _run(runs: Sequence[NativeRun]) -> None:
     for run in runs:
         addresses = {index: _addresses(values) for index, values in run.on_devices.items()}
         steps.append((run.reading, run.options, addresses))
-        # Autograd must notice that the tensors change.
-        for tensors in run.written:
-            if tensors:
-                torch.autograd.graph.increment_version(tensors)
+        raise_versions(run.written)
     _C.prox_sgd_(_reader, steps, torch.get_num_threads())
 
 
@@ -191,9 +188,7 @@ def prepare_rows(readings: Sequence[Any], parts: Sequence[Part], sets: Sequence[
     def run() -> None:
         assert len(thresholds) == len(sets)  # keeps them alive
         for part in parts:
-            for tensors in part.bucket.written():
-                if tensors:
-                    torch.autograd.graph.increment_version(tensors)
+            raise_versions(part.bucket.written())
         _C.prox_sgd_rows_(plan, torch.get_num_threads())
 
     return run

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
+from .command_line import add_corrupt, list_files, parser_of
 from .files import RecipeError
 from .libraries import import_libraries
-from .options import Parser
 from .settings import Number, expanded
 
 
-def _parser(command: str) -> Parser:
-    return Parser(prog=f"resnet-reg {command}", allow_abbrev=False)
-
-
-def _compact(arguments: list[str]) -> list[Path]:
-    parser = _parser("compact")
+def _compact(arguments: list[str]) -> None:
+    parser = parser_of("compact")
     parser.add_argument("checkpoint", type=expanded, metavar="CHECKPOINT")
     share = Number(float, 0, 1, above=True, below=True)
     much = parser.add_mutually_exclusive_group()
@@ -47,12 +42,7 @@ def _compact(arguments: list[str]) -> list[Path]:
         help="images as of `train` whose training part ranks the channels (default: what it was "
         "trained on)",
     )
-    parser.add_argument(
-        "--corrupt",
-        choices=("refuse", "skip"),
-        default="refuse",
-        help="what to do about unreadable images (default: %(default)s)",
-    )
+    add_corrupt(parser)
     parser.add_argument(
         "--out",
         type=expanded,
@@ -68,7 +58,7 @@ def _compact(arguments: list[str]) -> list[Path]:
     import_libraries()
     from .compaction import compact_checkpoint
 
-    return compact_checkpoint(
+    written = compact_checkpoint(
         args.checkpoint,
         out,
         share=args.share,
@@ -78,10 +68,11 @@ def _compact(arguments: list[str]) -> list[Path]:
         data=args.data,
         corrupt=args.corrupt,
     )
+    list_files(written)
 
 
-def _export(arguments: list[str]) -> list[Path]:
-    parser = _parser("export")
+def _export(arguments: list[str]) -> None:
+    parser = parser_of("export")
     parser.add_argument("checkpoint", type=expanded, metavar="CHECKPOINT")
     parser.add_argument(
         "--onnx", type=expanded, metavar="FILE", help="write ONNX, for any number of images"
@@ -99,11 +90,11 @@ def _export(arguments: list[str]) -> list[Path]:
     import_libraries()
     from .onnx_export import export
 
-    return export(args.checkpoint, args.onnx, args.weights, check=args.check)
+    list_files(export(args.checkpoint, args.onnx, args.weights, check=args.check))
 
 
-def _latency(arguments: list[str]) -> list[Path]:
-    parser = _parser("latency")
+def _latency(arguments: list[str]) -> None:
+    parser = parser_of("latency")
     parser.add_argument("checkpoints", type=expanded, nargs="+", metavar="CHECKPOINT")
     parser.add_argument(
         "--image-size",
@@ -125,12 +116,10 @@ def _latency(arguments: list[str]) -> list[Path]:
             args.checkpoints, image_size=args.image_size, threads=args.threads, rounds=args.rounds
         )
     )
-    return []
 
 
-COMMANDS: dict[str, Callable[[list[str]], list[Path]]] = {
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compact": _compact,
     "export": _export,
     "latency": _latency,
 }
-"""Each returns the files that it has written."""

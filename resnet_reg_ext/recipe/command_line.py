@@ -54,6 +54,16 @@ def add_out(parser: Parser, default: str) -> None:
     )
 
 
+def add_corrupt(parser: Parser) -> None:
+    """Adds ``--corrupt``."""
+    parser.add_argument(
+        "--corrupt",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what to do about unreadable images (default: %(default)s)",
+    )
+
+
 def settle(parser: Parser, arguments: list[str], command: str) -> argparse.Namespace:
     """Options as given, or those of the folder to resume."""
     args = parse(parser, arguments)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 # The modules that need the extra `train` are imported once the options are parsed: --help works
 # without them.
 from . import channel_commands, training_commands
-from .command_line import folder, is_rank_zero, list_files, parser_of
+from .command_line import add_corrupt, folder, is_rank_zero, list_files, parser_of
 from .files import RecipeError, Stopped
 from .libraries import import_libraries
 from .settings import SPLITS, Number, expanded
@@ -57,12 +56,7 @@ def _evaluate(arguments: list[str]) -> None:
         choices=SPLITS,
         help="which images (default: test where the data has it, else val)",
     )
-    parser.add_argument(
-        "--corrupt",
-        choices=("refuse", "skip"),
-        default="refuse",
-        help="what to do about unreadable images (default: %(default)s)",
-    )
+    add_corrupt(parser)
     parser.add_argument(
         "--test-size",
         type=Number(int, 1),
@@ -133,20 +127,10 @@ def _patch(arguments: list[str]) -> None:
     patch_command.run(arguments)
 
 
-def _listing(command: Callable[[list[str]], list[Path]]) -> Callable[[list[str]], None]:
-    """The command, which tells the files that it has written."""
-
-    def run(arguments: list[str]) -> None:
-        if paths := command(arguments):
-            list_files(paths)
-
-    return run
-
-
 _COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     **training_commands.COMMANDS,
     "evaluate": _evaluate,
     "patch": _patch,
     "predict": _predict,
-    **{name: _listing(command) for name, command in channel_commands.COMMANDS.items()},
+    **channel_commands.COMMANDS,
 }

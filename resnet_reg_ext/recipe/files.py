@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unicodedata import category
 
 from ..atomic_write import atomic_write
@@ -34,6 +36,23 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file in UTF-8, whatever the locale; names that aren't UTF-8 are escaped."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        RecipeError: it can't be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"can't read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is damaged: {error!s:.200}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} is damaged: it holds a {type(content).__name__}")
+    return content
 
 
 def prepare_folder(folder: Path, needed: int) -> None:

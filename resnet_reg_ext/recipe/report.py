@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 from . import report_page as parts
 from . import report_plots
-from .files import RecipeError, write_text
+from .files import RecipeError, read_json, write_text
 from .intervals import of_share
 from .predictions import load_mistakes
-from .run_folders import EVALUATION, RunFolder, RunRecord, command_of, read_json, read_run_folder
+from .run_folders import EVALUATION, RunFolder, RunRecord, command_of, read_run_folder
 
 REPORT = "report.html"
 _METRICS = {"accuracy": "accuracy", "loss": "cross-entropy", "f1": "macro-F1"}

@@ -16,7 +16,7 @@ import torch
 
 from .. import __version__
 from .checkpoints import class_names
-from .files import RecipeError, write_text
+from .files import RecipeError, read_json, write_text
 from .former import upgraded_result
 from .settings import Run, run_from_file
 
@@ -134,16 +134,9 @@ class Result:
             RecipeError: it is damaged, or another program's.
         """
         path = folder / "result.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(f"can't read {path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{path} is damaged: {error!s:.200}") from None
-        if isinstance(content, Mapping):
-            content = upgraded_result(content)
+        content = upgraded_result(read_json(path))
         names = {field.name for field in fields(cls)}
-        if not isinstance(content, Mapping) or set(content) != names:
+        if set(content) != names:
             raise RecipeError(f"{path} is no result of a run: it must have {', '.join(names)}")
         if why := _why_damaged(content):
             raise RecipeError(f"{path} is damaged: {why}")

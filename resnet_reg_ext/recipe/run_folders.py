@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import RecipeError
+from .files import RecipeError, read_json
 from .predictions import Mistake, load_mistakes
 from .settings import OPTIONS_FILES
 
@@ -116,23 +116,6 @@ def read_run_folder(folder: Path) -> RunFolder:
     }
     conditions, verdict = _said(folder / f"{command}.md")
     return RunFolder(command, folder, options, arms, conditions, verdict)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        RecipeError: it can't be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"can't read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is damaged: {error!s:.200}") from None
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} is damaged: it holds a {type(content).__name__}")
-    return content
 
 
 def _result_file(command: str) -> str:

@@ -5,24 +5,12 @@ import pytest
 import reference
 import torch
 from reference import assert_same, values
+from storages import STORAGES
 
 from resnet_reg_ext import _C, ProxSGD
 
 pytestmark = pytest.mark.sanitized
 
-STORAGES = {
-    "float32": (torch.float32, {}),
-    "float64": (torch.float64, {}),
-    "bfloat16": (torch.bfloat16, {}),
-    "float16": (torch.float16, {}),
-    "bfloat16 momentum": (torch.float32, {"momentum_dtype": torch.bfloat16}),
-    "bfloat16 master": (torch.bfloat16, {"master_weights": True}),
-    "bfloat16 master and momentum": (
-        torch.bfloat16,
-        {"master_weights": True, "momentum_dtype": torch.bfloat16},
-    ),
-    "float16 master": (torch.float16, {"master_weights": True}),
-}
 SPECIAL = [0.0, -0.0, 1e-40, -6e-8, 1e-3, float("inf"), float("nan")]
 # Around a lane's, a segment's and a vector's ends; 1 is that of norms and biases.
 WIDTHS = [1, 2, 3, 15, 16, 17, 31, 48, 147, 511, 512, 513, 576, 1024, 1030]
@@ -76,7 +64,7 @@ def case(rng, storage):
                     array.flat[int(rng.integers(array.size))] = rng.choice(SPECIAL)
                 if rng.random() < 0.2:
                     array[int(rng.integers(rows))] = 0.0
-            param, *of_steps = (torch.tensor(array).to(dtype) for array in drawn)
+            param, *of_steps = (torch.tensor(array).to(getattr(torch, dtype)) for array in drawn)
             group["params"].append(param)
             group["rows"].append(number)
             group["row_weights"].append(weights if rng.random() < 0.7 else None)
@@ -160,7 +148,7 @@ def test_every_backend_at_every_number_of_threads(storage):
         groups, grads = case(rng, storage)
         pure = step_by_backend(groups, grads, fused=False)
         if "master" not in storage:
-            name = str(STORAGES[storage][0]).removeprefix("torch.")
+            name = STORAGES[storage][0]
             for a, b in zip(pure, step_by_numpy(groups, grads, name), strict=True):
                 assert_same(values(a).reshape(b.shape), b, f"pure, case {number}")
         killed += sum(int((t == 0).all(1).sum()) for t in pure if t.shape[1] > 1)
@@ -174,7 +162,8 @@ def test_every_backend_at_every_number_of_threads(storage):
 @pytest.mark.parametrize("storage", STORAGES)
 def test_pieces_and_threads_change_no_bits(storage):
     """Sets of many rows, of long rows, and of many parameters as a residual stream has."""
-    dtype, how = STORAGES[storage]
+    name, how = STORAGES[storage]
+    dtype = getattr(torch, name)
     shapes = [[(700, 3, 5, 5), (700,), (700,)], [(3, 40_001)], [(64, 300), *[(64,)] * 8, (64, 65)]]
 
     def trajectory(fused, threads, count=False):

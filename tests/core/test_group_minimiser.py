@@ -5,17 +5,11 @@ import functools
 import numpy as np
 import pytest
 import torch
+from test_minimiser import TRAJECTORIES
 from torch import nn
 
 from resnet_reg_ext import ProxSGD
 
-TRAJECTORIES = {
-    "plain": {"momentum": 0.0},
-    "momentum": {"momentum": 0.9},
-    "little momentum": {"momentum": 0.3},
-    "dampening": {"momentum": 0.9, "dampening": 0.5},
-    "nesterov": {"momentum": 0.9, "nesterov": True},
-}
 GROUPS, WIDTH = 12, 4  # a group: a row of a matrix and an element of a vector
 WEIGHT_DECAY = 0.2
 WEIGHTS = 1 + 0.1 * np.arange(GROUPS)

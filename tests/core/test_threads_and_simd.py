@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from reference import assert_same
+from storages import STORAGES
 
 from resnet_reg_ext import _C, ProxSGD
 from resnet_reg_ext.backends import native
@@ -153,16 +154,6 @@ def test_extreme_values_at_every_level(level, dtype):
 
 
 # The kernel's variants; the test has first and later steps, counting and not.
-STORAGES = {
-    **{dtype: (dtype, {}) for dtype in reference.DTYPES},
-    "bfloat16 momentum": ("float32", {"momentum_dtype": torch.bfloat16}),
-    "bfloat16 master": ("bfloat16", {"master_weights": True}),
-    "bfloat16 master and momentum": (
-        "bfloat16",
-        {"master_weights": True, "momentum_dtype": torch.bfloat16},
-    ),
-    "float16 master": ("float16", {"master_weights": True}),
-}
 VARIANTS = {
     "plain": {"momentum": 0.9},
     "nesterov": {"momentum": 0.9, "nesterov": True},

@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from reference import assert_same
+from storages import STORAGES
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
@@ -18,16 +19,6 @@ from resnet_reg_ext.functional import prox_sgd_
 pytestmark = [pytest.mark.reads_tensors]
 
 LEVELS = [level for level in _C.simd_levels() if level != "none"]
-STORAGES = {
-    **{dtype: (dtype, {}) for dtype in reference.DTYPES},
-    "bfloat16 momentum": ("float32", {"momentum_dtype": torch.bfloat16}),
-    "bfloat16 master": ("bfloat16", {"master_weights": True}),
-    "bfloat16 master and momentum": (
-        "bfloat16",
-        {"master_weights": True, "momentum_dtype": torch.bfloat16},
-    ),
-    "float16 master": ("float16", {"master_weights": True}),
-}
 VARIANTS = {
     "plain": {"momentum": 0.9},
     "nesterov": {"momentum": 0.9, "nesterov": True},

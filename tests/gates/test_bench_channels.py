@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import ROOT, channels_report
+from bench import ROOT, channels_report, markdown
 
 pytestmark = pytest.mark.one_torch
 
@@ -61,7 +61,7 @@ RESULTS = {
 def test_the_page_has_the_committed_figures() -> None:
     page = (ROOT / "docs" / "channels.md").read_text(encoding="utf-8")
     figures = channels_report.read(ROOT / "docs" / "results" / "channels")
-    assert channels_report.with_block(page, channels_report.block(figures)) == page
+    assert markdown.with_block(page, "channels", channels_report.block(figures)) == page
 
 
 def test_tables_and_plot(tmp_path) -> None:
