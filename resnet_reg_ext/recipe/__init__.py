@@ -19,7 +19,7 @@ The modules, in the order of a run:
 - ``channel_choice`` and ``removal``: which channels go, and their removal while training;
 - ``callbacks``: progress, history, checkpoints and stopping;
 - ``former``: files of versions that had two sets;
-- ``forecast``, ``strengths``, ``ahead``: what an l1 will do, strengths for it, what runs will take;
+- ``forecast``, ``ahead``: what an l1 will do, strengths for it, what runs will take;
 - ``checks``, ``describe``, ``train``, ``measure`` and ``results``: one run, what is refused before
   it, what is said of it, what comes out;
 - ``compare``, ``verdicts``, ``errors``: several runs and what may be concluded from them;

@@ -208,7 +208,8 @@ def path(
         return [written, *_save(results, text, out, "path")]
 
 
-def _finished(planned: Planned, resume: bool) -> bool:
+def is_finished(planned: Planned, resume: bool) -> bool:
+    """Whether a resumed run's folder holds its result."""
     return resume and (planned.folder / "result.json").is_file()
 
 
@@ -234,7 +235,7 @@ def begun(
             raise RecipeError(f"--out {out} isn't empty: give another, or --resume {out}")
 
     refuse_if_used()
-    left = [planned.run for planned in plan if not _finished(planned, resume)]
+    left = [planned.run for planned in plan if not is_finished(planned, resume)]
     said = cost(left, *check(left[0])) if left else ""
     weights = 2 * (len(left) if kept is None else min(kept, len(left))) * WEIGHTS
     prepare_folder(out, weights + 2 * FULL_CHECKPOINT)
@@ -246,31 +247,56 @@ def begun(
         yield
 
 
+def trained(
+    planned: Planned,
+    out: Path,
+    label: str,
+    *,
+    resume: bool,
+    keep: str = "weights",
+    test: bool = True,
+) -> Result:
+    """The result of a planned run: what its folder holds where it is finished, else trained now.
+
+    Args:
+        planned: the run.
+        out: the folder of all of them, which is resumed after a signal.
+        label: told before it is trained.
+        resume: take what is finished there, go on with what was begun.
+        keep: as of :func:`train`, as is ``test``.
+        test: see ``keep``.
+
+    Raises:
+        RecipeError: the folder holds another run's result, or what :func:`train` raises.
+        Stopped: a signal came.
+    """
+    if is_finished(planned, resume):
+        result = finish(planned.folder, keep)
+        if other := same_run(result.run, planned.run):
+            raise RecipeError(f"{planned.folder} holds the result of another run: {other}")
+        return result
+    if is_rank_zero():
+        print(f"\n{label}", flush=True)
+    try:
+        return train(
+            planned.run,
+            planned.folder,
+            name=planned.name,
+            resume=resume and (planned.folder / "last.ckpt").is_file(),
+            keep=keep,
+            test=test,
+            start=planned.start,
+        )
+    except Stopped as stopped:
+        raise Stopped(stopped.number, out) from None
+
+
 def train_all(plan: Sequence[Planned], out: Path, resume: bool) -> dict[str, list[Result]]:
     """Trains what isn't finished."""
-    finished = [_finished(planned, resume) for planned in plan]
     results: dict[str, list[Result]] = {}
-    for index, (planned, done) in enumerate(zip(plan, finished, strict=True)):
-        label = f"{planned.name}, seed {planned.run.seed}"
-        if done:
-            result = finish(planned.folder)
-            if other := same_run(result.run, planned.run):
-                raise RecipeError(f"{planned.folder} holds the result of another run: {other}")
-        else:
-            if is_rank_zero():
-                print(f"\n[{index + 1} of {len(plan)}] {label}", flush=True)
-            try:
-                result = train(
-                    planned.run,
-                    planned.folder,
-                    name=label,
-                    resume=resume and (planned.folder / "last.ckpt").is_file(),
-                    keep="weights",
-                    start=planned.start,
-                )
-            except Stopped as stopped:
-                raise Stopped(stopped.number, out) from None
-        results.setdefault(planned.name, []).append(result)
+    for index, planned in enumerate(plan):
+        label = f"[{index + 1} of {len(plan)}] {planned.name}, seed {planned.run.seed}"
+        results.setdefault(planned.name, []).append(trained(planned, out, label, resume=resume))
     return results
 
 

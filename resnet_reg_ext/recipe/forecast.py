@@ -18,7 +18,7 @@ from .settings import Run
 
 FINE_TUNING_SHARE = 1 / 3  # of the initial weights, within the default l1's reach
 _WIPED = 0.995
-_DECAYED = 0.1  # of a weight, by the default weight decay over the whole run
+DECAYED = 0.1  # of a weight, by the default weight decay over the whole run
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,12 @@ def default_strengths(classifier: Classifier, steps: int) -> Run:
     """The classifier's run with an l1 and a weight decay that are sensible for its weights."""
     moved = travel(classifier.run, steps)
     l1 = l1_for_share(classifier, steps, FINE_TUNING_SHARE)
-    weight_decay = _DECAYED / moved if moved else 0.0
-    return replace(classifier.run, l1=_two_digits(l1), weight_decay=_two_digits(weight_decay))
+    weight_decay = DECAYED / moved if moved else 0.0
+    return replace(classifier.run, l1=two_digits(l1), weight_decay=two_digits(weight_decay))
 
 
-def _two_digits(value: float) -> float:
+def two_digits(value: float) -> float:
+    """A strength as one would write it."""
     return float(f"{value:.1e}")
 
 

@@ -81,7 +81,7 @@ def _by_weights(args: argparse.Namespace, run: Run, *strengths: str) -> Run:
     names = [name for name in strengths if getattr(args, name) is None]
     if not names or run.data == DIGITS:
         return run
-    from .strengths import strengths_by_weights
+    from .tune import strengths_by_weights
 
     found = strengths_by_weights(run)
     if is_rank_zero():
@@ -236,7 +236,7 @@ def _path(arguments: list[str]) -> None:
         raise RecipeError(f"--l1 must increase, got {' '.join(f'{v:g}' for v in l1s)}")
     import_libraries()
     from .compare import path
-    from .strengths import strengths_by_weights
+    from .tune import strengths_by_weights
 
     run = _by_weights(args, run_from(args, COMPARED, l1=0.0), "weight_decay")
     if l1s is None:

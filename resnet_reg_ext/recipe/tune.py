@@ -18,13 +18,29 @@ from typing import Any
 import numpy as np
 
 from .checks import settled
-from .compare import TOWARD_START, Planned, begun, compare, pulls_to_start, strength_of
+from .compare import (
+    TOWARD_START,
+    Planned,
+    begun,
+    compare,
+    is_finished,
+    pulls_to_start,
+    strength_of,
+    trained,
+)
 from .files import RecipeError, Stopped, is_unused, prepare_folder, write_text
-from .forecast import count_steps, l1_for_share, travel
+from .forecast import (
+    DECAYED,
+    count_steps,
+    default_strengths,
+    l1_for_share,
+    travel,
+    two_digits,
+)
 from .processes import is_rank_zero
 from .results import Result, to_json
-from .settings import OPTIONS_FILES, Run, same_run, save_options
-from .train import check, finish, train
+from .settings import OPTIONS_FILES, Run, save_options
+from .train import check
 from .trials import Trial, choose, compare_options, summary
 from .verdicts import conditions
 
@@ -32,7 +48,6 @@ from .verdicts import conditions
 # from scratch the weights grow first, so that most of them must be within reach.
 _SHARE, _SHARE_FROM_SCRATCH = 1 / 3, 0.9
 _L1_DECADES, _L2_DECADES = (-1.0, 0.5), (-0.5, 1.0)
-_DECAYED = 0.1  # of a weight, by L2's middle strength over a whole run
 
 
 @dataclass(frozen=True)
@@ -53,14 +68,15 @@ def grids(run: Run, points: int) -> dict[str, list[tuple[float, float]]]:
     middle, moved = l1_for_share(classifier, steps, share), travel(run, steps)
     if not moved:
         raise RecipeError("--lr 0 has nothing to tune: no strength moves a weight")
-    l1s = [_rounded(middle * f) for f in np.logspace(*_L1_DECADES, points)]
-    decays = [_rounded(_DECAYED / moved * f) for f in np.logspace(*_L2_DECADES, points)]
+    l1s = [two_digits(middle * f) for f in np.logspace(*_L1_DECADES, points)]
+    decays = [two_digits(DECAYED / moved * f) for f in np.logspace(*_L2_DECADES, points)]
     found = {
         "L2": [(0.0, decay) for decay in decays],
         "L1": [(l1, 0.0) for l1 in l1s],
         # One line through the plane, so that it costs no more than the others.
         "elastic net": [
-            (_rounded(l1 / 2), _rounded(decay / 2)) for l1, decay in zip(l1s, decays, strict=True)
+            (two_digits(l1 / 2), two_digits(decay / 2))
+            for l1, decay in zip(l1s, decays, strict=True)
         ],
     }
     if pulls_to_start(run):
@@ -68,8 +84,14 @@ def grids(run: Run, points: int) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.2g}")
+def strengths_by_weights(run: Run) -> Run:
+    """The run with an l1 and a weight decay that its initial weights suggest, without a search.
+
+    Raises:
+        RecipeError: the run can't be made.
+    """
+    images, classifier = check(run)
+    return default_strengths(classifier, count_steps(run, len(images.train)))
 
 
 def order(points: int, *, warm: bool) -> list[int]:
@@ -154,45 +176,29 @@ def _try(plan: Sequence[Planned], budget: Budget, out: Path, *, resume: bool) ->
     spent = _Spent(out / "seconds.json")
     steps = 0
     for index, planned in enumerate(plan):
-        done = resume and (planned.folder / "result.json").is_file()
+        done = is_finished(planned, resume)
         must = index < len({p.name for p in plan})  # none, and one of each
         if not done and not must and spent.is_over(budget, steps, trials):
             if is_rank_zero():
                 print(f"\nthe budget ends here, with {index} of {len(plan)} runs made", flush=True)
             break
-        if done:
-            result = finish(planned.folder, keep)
-            if other := same_run(result.run, planned.run):
-                raise RecipeError(f"{planned.folder} holds the result of another run: {other}")
-        else:
-            result = _train(planned, index, len(plan), keep, resume, out, spent)
+        label = f"{planned.name}, l1 {planned.run.l1:g}, weight decay {planned.run.weight_decay:g}"
+        begin = time.monotonic()
+        try:
+            result = trained(
+                planned,
+                out,
+                f"[{index + 1} of {len(plan)}] {label}",
+                resume=resume,
+                keep=keep,
+                test=False,
+            )
+        finally:
+            if not done:
+                spent.add(planned.folder.name, time.monotonic() - begin)
         trials.append(_trial(planned, result, spent.seconds.get(planned.folder.name, 0.0)))
         steps += count_steps(planned.run, result.data["train_images"])
     return trials
-
-
-def _train(
-    planned: Planned, index: int, count: int, keep: str, resume: bool, out: Path, spent: _Spent
-) -> Result:
-    run = planned.run
-    label = f"{planned.name}, l1 {run.l1:g}, weight decay {run.weight_decay:g}"
-    if is_rank_zero():
-        print(f"\n[{index + 1} of {count}] {label}", flush=True)
-    begin = time.monotonic()
-    try:
-        return train(
-            run,
-            planned.folder,
-            name=planned.name,
-            resume=resume and (planned.folder / "last.ckpt").is_file(),
-            keep=keep,
-            test=False,
-            start=planned.start,
-        )
-    except Stopped as stopped:
-        raise Stopped(stopped.number, out) from None
-    finally:
-        spent.add(planned.folder.name, time.monotonic() - begin)
 
 
 class _Spent:
