@@ -51,7 +51,7 @@ EXPERIMENTS = {
             "evaluate_every": 15,
             "image_size": 64,
             "train_size": 160,
-            "test_size": 400,
+            "test_size": 1000,
             "val_fraction": 0.1,
             "test_fraction": 0.6,
             "lr": 0.01,

@@ -385,7 +385,7 @@ def test_sizes_and_addresses_past_32_bits(arch):
         arena.place_lazy(2**40 * (i + 1), numel * 4, name=name, fill=fill(factor))
         for i, (name, factor) in enumerate([("param", 7), ("grad", 11), ("momentum", 13)])
     ]
-    row = (*(s.address for s in spans), 0, 0, numel)
+    row = (*(s.address for s in spans), 0, 0, 0, numel)
     bucket = ([row], harness.named_options(options, False), {})
     (launch,) = harness.installed_plan("float32", [bucket])
     assert launch["grid"] == -(-numel // chunk)

@@ -2,8 +2,12 @@
 
 import json
 import math
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,26 +144,39 @@ def test_the_middle_and_the_ends_are_tried_first(points):
     assert set(first) >= {0, points - 1}
 
 
+@dataclass(frozen=True)
+class Searched:
+    """A search that its budget ended, in a folder of images, and what it said."""
+
+    root: Path
+    run: Run
+    trials: list[dict[str, Any]]
+    said: str
+
+
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
-    """A search in a folder of images whose test images are no images: it doesn't look at them."""
     root = tmp_path_factory.mktemp("searched")
     for split in ("train", "val", "test"):
         make_images(root / "data" / split, ["a", "b"], count=6, size=8)
     run = replace(SHORT, data=str(root / "data"), epochs=1, train_size=None, val_size=None)
     run = replace(run, test_size=None, batch_size=4, seed=1, evaluate_every=1)
-    return root, run
-
-
-def test_a_search_stops_resumes_and_writes_what_train_and_compare_take(searched, capsys):
-    root, run = searched
-    out = root / "tune"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said:
         patch.chdir(root)
         arguments = ["tune", "--data", "data", "--image-size=8", "--batch-size=4", "--epochs=1"]
         arguments += ["--seed=1", "--points=2", "--steps=20", "--accelerator=cpu", "--out=tune"]
         assert cli.main(arguments) == 0
-    said = capsys.readouterr().out
+    trials = json.loads((root / "tune" / "tune.json").read_text())["trials"]
+    return Searched(root, run, trials, said.getvalue())
+
+
+def without_times(trials):
+    return [{**trial, "seconds": 0} for trial in trials]
+
+
+def test_a_search_stops_resumes_and_writes_what_train_and_compare_take(searched):
+    root, run, said = searched.root, searched.run, searched.said
+    out = root / "tune"
     # 3 steps a run: none, three that must be, and two more.
     assert "the budget ends here, with 6 of 7 runs made" in said
     told = json.loads((out / "tune.json").read_text())
@@ -195,8 +212,6 @@ def test_a_search_stops_resumes_and_writes_what_train_and_compare_take(searched,
 
 def test_a_tuned_comparison_chooses_without_the_test_images(searched, tmp_path, capsys):
     """The search is made again with other test images, whose labels are all wrong."""
-    root, _ = searched
-    made = json.loads((root / "tune" / "tune.json").read_text())["trials"]
     data, out = tmp_path / "data", tmp_path / "out"
     for split in ("train", "val", "test"):
         names = ["b", "a"] if split == "test" else ["a", "b"]
@@ -206,8 +221,7 @@ def test_a_tuned_comparison_chooses_without_the_test_images(searched, tmp_path, 
     assert cli.main([*arguments, f"--out={out}"]) == 0
     told = json.loads((out / "tune" / "tune.json").read_text())
     assert len(told["trials"]) == 4
-    for first, second in zip(made, told["trials"], strict=False):
-        assert {**first, "seconds": 0} == {**second, "seconds": 0}
+    assert without_times(told["trials"]) == without_times(searched.trials[:4])
     # Each arm has its own strength, and was measured on the test images at its end.
     runs = json.loads((out / "compare.json").read_text())["runs"]
     for name, chosen in told["chosen"].items():
@@ -222,31 +236,25 @@ def test_a_tuned_comparison_chooses_without_the_test_images(searched, tmp_path, 
 
 
 def test_a_warm_search_starts_each_strength_from_the_one_before(searched, tmp_path, capsys):
-    _, run = searched
-    tune(run, Budget(points=2, steps=1), tmp_path / "out", warm=True, resume=False)
+    tune(searched.run, Budget(points=2, steps=1), tmp_path / "out", warm=True, resume=False)
     said = capsys.readouterr().out
     assert f"initial weights: {tmp_path / 'out' / 'none' / 'last.ckpt'}, with its class" in said
 
 
 def test_a_search_stops_at_a_signal_and_goes_on(searched, tmp_path, monkeypatch):
-    _, run = searched
-
     def signalled(run, folder, **options):
         return train(run, folder, **options, callbacks=[Signal(2, 2)])
 
     out = tmp_path / "out"
-    monkeypatch.setattr("resnet_reg_ext.recipe.tune.train", signalled)
+    monkeypatch.setattr("resnet_reg_ext.recipe.compare.train", signalled)
     with pytest.raises(Stopped) as stopped:
-        tune(run, Budget(points=2, steps=1), out, resume=False)
+        tune(searched.run, Budget(points=2, steps=1), out, resume=False)
     monkeypatch.undo()
     assert stopped.value.folder == out
     assert (out / "none" / "last.ckpt").is_file()
     assert cli.main(["tune", "--resume", str(out)]) == 0
-    whole, again = (
-        json.loads((folder / "tune.json").read_text())["trials"]
-        for folder in (searched[0] / "tune", out)
-    )
-    assert [{**t, "seconds": 0} for t in again] == [{**t, "seconds": 0} for t in whole[:4]]
+    again = json.loads((out / "tune.json").read_text())["trials"]
+    assert without_times(again) == without_times(searched.trials[:4])
 
 
 # What is used beside penalties
