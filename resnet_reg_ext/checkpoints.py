@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import row_groups
 from .backends import dtensor
 from .backends.checks import check_state
 from .options import HOW_TO_COMPUTE
@@ -38,7 +39,33 @@ def check_momentum(saved: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def complete_options(
+def complete(
+    new: Mapping[str, Any],
+    live: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+    checkpoint: Mapping[str, Any] | None,
+) -> None:
+    """Completes, checks and repairs what torch's loading has made of a checkpoint, or a pickle.
+
+    Args:
+        new: ``param_groups`` and ``state``; changed.
+        live: the groups that they replace; none for a pickle.
+        defaults: the optimizer's.
+        checkpoint: what is loaded; None for a pickle.
+
+    Raises:
+        ValueError: an option is out of its range, or state isn't its parameter's.
+    """
+    for index, group in enumerate(new["param_groups"]):
+        _complete_options(group, defaults, live[index] if index < len(live) else None)
+        row_groups.check_group(group, f"ProxSGD: param_groups[{index}]: ", len(group["params"]))
+        _check_state_of(group, index, new["state"])
+        if checkpoint is not None:
+            saved_ids = checkpoint["param_groups"][index]["params"]
+            _restore_dtypes(group, new["state"], saved_ids, checkpoint["state"])
+
+
+def _complete_options(
     group: dict[str, Any], defaults: Mapping[str, Any], live: Mapping[str, Any] | None
 ) -> None:
     """Gives a loaded group the options that it lacks, and the live group's way to compute.
@@ -60,7 +87,7 @@ def complete_options(
             group.setdefault("param_names", live["param_names"])
 
 
-def check_state_of(group: Mapping[str, Any], index: int, state: _State) -> None:
+def _check_state_of(group: Mapping[str, Any], index: int, state: _State) -> None:
     """Refuses loaded state that isn't its parameter's.
 
     Raises:
@@ -73,7 +100,7 @@ def check_state_of(group: Mapping[str, Any], index: int, state: _State) -> None:
                 dtensor.check_alike(param, value, key, parameter_name(group, index, i))
 
 
-def restore_dtypes(
+def _restore_dtypes(
     group: Mapping[str, Any],
     state: _State,
     saved_ids: Sequence[Any],

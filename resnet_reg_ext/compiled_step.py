@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import row_groups, state
+from . import eager_step, row_groups, state
 from .backends import dtensor
-from .backends.device_values import DeviceValues
 from .backends.op import prox_sgd_step
 from .options import to_number
 
@@ -99,7 +98,7 @@ def _tensors_of(group: dict[str, Any]) -> list[Tensor]:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _outside(optimizer: Any, grad_coefficient: Tensor | None) -> None:
-    optimizer._step(grad_coefficient)
+    eager_step.step(optimizer, grad_coefficient)
 
 
 def _create_missing(
@@ -131,8 +130,11 @@ def _create_missing(
 
 
 @torch.no_grad()
-def step(optimizer: Any, values: DeviceValues) -> None:
+def step(optimizer: Any, grad_coefficient: float | Tensor | None) -> None:
     """What torch.compile sees of a step."""
+    if grad_coefficient is not None and not isinstance(grad_coefficient, Tensor):
+        grad_coefficient = torch.tensor(grad_coefficient, dtype=torch.float64, device="cpu")
+    values = eager_step.device_values(optimizer, grad_coefficient)
     parts: list[str] = []
     every: tuple[list[Any], ...] = ([], [], [], [], [], [])
     new: list[tuple[Tensor, str, Tensor]] = []

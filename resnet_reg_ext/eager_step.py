@@ -16,11 +16,10 @@ from .options import Options, one_element, to_number
 from .tracked_zeros import TrackedZeros
 
 
-def step(optimizer: Optimizer, grad_coefficient: float | Tensor | None) -> list[TrackedZeros]:
+def step(optimizer: Any, grad_coefficient: float | Tensor | None) -> None:
     """Steps all groups; everything is checked before anything is changed.
 
-    Returns:
-        The zeros that were counted on the way.
+    The zeros that were counted on the way become the optimizer's ``_tracked_zeros``.
     """
     values = device_values(optimizer, grad_coefficient)
     coefficient = 1.0
@@ -58,11 +57,13 @@ def step(optimizer: Optimizer, grad_coefficient: float | Tensor | None) -> list[
     dispatch.run_all(runs)
     for bucket in stepped:
         state.commit(bucket, optimizer.state)
-    return [
+    counted = [
         TrackedZeros(bucket.params, bucket.starts, bucket.num_zeros, values.found_inf).stamped()
         for bucket in stepped
         if bucket.num_zeros is not None
     ]
+    if counted:
+        optimizer._tracked_zeros = counted
 
 
 def device_values(

@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 
 from . import checkpoints, eager_step, group_checks, row_groups
 from .backends import native
-from .options import Options
 from .regroup import regrouped
-from .sparsity import Sparsity, count, has_l1, starts_of
+from .sparsity import Sparsity, count, starts_of
 from .tracked_zeros import TrackedZeros, known_zeros
 
 _Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -73,11 +72,10 @@ class ProxSGD(Optimizer):
         group_lasso: coefficient of the group lasso, >= 0 (default: 0). Applies to groups that have
             ``rows`` beside ``params``, an integer or None for each parameter: row i of all
             parameters with one integer, in whichever groups, is one group g of F. ``row_weights``
-            has their a_g: None for √(elements), a number, or one for each row; equal in a set.
-            See :func:`resnet_reg_ext.param_groups`. Parameters of a set need one first dimension,
-            device, lr, momentum, dampening and group_lasso, equal dtypes, and all or none of them a
-            gradient; ``toward`` must be ``"zero"``. On a CUDA device they take pure PyTorch, and
-            ``fused=True`` raises.
+            has their a_g: None for √(elements), a number, or one for each row.
+            :func:`resnet_reg_ext.param_groups` makes both. A set has one first dimension, device,
+            dtype, lr, momentum, dampening and group_lasso, and all or no gradients; ``toward`` is
+            ``"zero"``. On a CUDA device it takes pure PyTorch, and ``fused=True`` raises.
         maximize: ascend f instead of descending it (default: False).
         fused: None takes the native kernel, one pass over memory, for every tensor that it can take
             and pure PyTorch for the others; True raises where it can't; False always takes pure
@@ -87,18 +85,16 @@ class ProxSGD(Optimizer):
             tensor is then followed by the graph, and what would need the host to wait raises
             (default: False).
         master_weights: keep a float32 copy of bfloat16 and float16 parameters, on which the update
-            is made; the parameter is what it rounds to. A parameter that is changed in another way,
-            or by a step without this option, goes back to its copy's value at the next step with
-            it. Without it a bfloat16 weight stays where it is if a step is less than 1/512 of the
-            weight (default: False).
+            is made; the parameter is what it rounds to, and goes back to it if changed otherwise.
+            Without it a bfloat16 weight stays where it is if a step is less than 1/512 of it
+            (default: False).
         momentum_dtype: the dtype of the momentum buffers: None is the parameter's, or float32 with
             master weights; ``torch.bfloat16`` with float32 parameters saves 4 of the 20 bytes an
             element that a step moves. float64 parameters keep float64 (default: None).
         track_sparsity: count exact zeros in the step's own pass; see :meth:`sparsity` (default:
             False).
-        toward: what the penalties pull towards: ``"zero"``, or ``"start"``, where training started.
-            The state then holds each parameter's ``start``, the value that it has at its first step
-            with this option, also where they are loaded into the model after the optimizer is made
+        toward: what the penalties pull towards: ``"zero"``, or ``"start"``, the value that a
+            parameter has at its first step with this option; the state holds it as ``start``
             (default: ``"zero"``).
 
     Raises:
@@ -130,12 +126,10 @@ class ProxSGD(Optimizer):
 
     References:
         Combettes and Wajs, *Signal recovery by proximal forward-backward splitting*, 2005, eq. 3.6;
-        Zou and Hastie, *Regularization and variable selection via the elastic net*, 2005; Yang et
-        al., *ProxSGD: Training structured neural networks under regularization and constraints*,
-        2020, whose method averages gradients with weights that change from step to step and goes
-        part of the way to the proximal point; this one is SGD with a proximal step. Li, Grandvalet
-        and Davoine, *Explicit inductive bias for transfer learning with convolutional networks*,
-        2018, for the penalties towards the start.
+        Zou and Hastie, *Regularization and variable selection via the elastic net*, 2005; Li,
+        Grandvalet and Davoine, *Explicit inductive bias for transfer learning with convolutional
+        networks*, 2018, for ``toward="start"``. Yang et al., *ProxSGD*, 2020, have the name and
+        another method: their averages' weights change, and a step goes part of the way.
     """
 
     def __init__(
@@ -180,7 +174,6 @@ class ProxSGD(Optimizer):
             "track_sparsity": track_sparsity,
             "toward": toward,
         }
-        Options.from_group(defaults, "ProxSGD: ")
         row_groups.check_group(defaults, "ProxSGD: ")
         self._constructing = True
         super().__init__(params, defaults)
@@ -202,7 +195,6 @@ class ProxSGD(Optimizer):
         index = len(self.param_groups)
         group = {**self.defaults, **param_group}
         where = f"ProxSGD: param_groups[{index}]: "
-        Options.from_group(group, where)
         row_groups.check_group(group, where)
         if group["fused"] and not native.available():
             raise RuntimeError(f"{where}fused=True, but {native.missing}")
@@ -225,18 +217,7 @@ class ProxSGD(Optimizer):
         """
         live: list[dict[str, Any]] = self.__dict__.get("param_groups", [])
         defaults: dict[str, Any] = new.get("defaults") or self.__dict__["defaults"]
-        checkpoint: dict[str, Any] | None = self.__dict__.get("_checkpoint")
-        for index, group in enumerate(new["param_groups"]):
-            checkpoints.complete_options(
-                group, defaults, live[index] if index < len(live) else None
-            )
-            where = f"ProxSGD: param_groups[{index}]: "
-            Options.from_group(group, where)
-            row_groups.check_group(group, where, len(group["params"]))
-            checkpoints.check_state_of(group, index, new["state"])
-            if checkpoint is not None:
-                saved_ids = checkpoint["param_groups"][index]["params"]
-                checkpoints.restore_dtypes(group, new["state"], saved_ids, checkpoint["state"])
+        checkpoints.complete(new, live, defaults, self.__dict__.get("_checkpoint"))
         super().__setstate__(new)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -249,8 +230,7 @@ class ProxSGD(Optimizer):
         and maximize from the checkpoint.
 
         Momentum buffers, master weights and starts get the dtype that the live group's options say,
-        and keep their bits where they are saved in it; torch's own loading would cast them to the
-        parameter's dtype first.
+        and keep their bits where they are saved in it.
 
         Raises:
             ValueError: the checkpoint is of another model, its groups are others and can't be
@@ -282,9 +262,8 @@ class ProxSGD(Optimizer):
         The weights that L1 has left are trained on without its bias: it no longer reduces their
         magnitudes, and the zeros stay. (Known as debiasing or refitting on the support.) Applies
         to the groups whose ``l1`` or ``group_lasso`` is above 0, or was before a schedule took it
-        to 0; it sets their option ``frozen_zeros``, which a checkpoint holds, and leaves ``l1`` and
-        ``group_lasso`` as they are. With ``toward="start"`` weights that are at their start stay
-        there.
+        to 0, and sets their option ``frozen_zeros``, which a checkpoint holds. With
+        ``toward="start"`` weights that are at their start stay there.
 
         Args:
             freeze: False ends it, in all groups.
@@ -292,11 +271,7 @@ class ProxSGD(Optimizer):
         Raises:
             ValueError: there is no such group.
         """
-        groups = [
-            group
-            for group in self.param_groups
-            if not freeze or has_l1(group) or row_groups.has_group_lasso(group)
-        ]
+        groups = [g for g in self.param_groups if not freeze or row_groups.shrinks(g)]
         if not groups:
             raise ValueError(
                 "ProxSGD: freeze_zeros: no parameter group has an l1 or a group_lasso above 0; set "
@@ -310,10 +285,10 @@ class ProxSGD(Optimizer):
 
         Of groups with ``toward="start"`` the weights that are at their start.
 
-        With ``track_sparsity=True`` they were counted in the last step and need no reading of the
-        parameters. Those whose version autograd has raised since then are counted anew, as are all
-        after a step inside ``torch.compile``, and DTensors. Changes through ``p.data`` raise no
-        version: after those, call ``resnet_reg_ext.sparsity(optimizer)``, which always counts.
+        With ``track_sparsity=True`` the last step counted them on its way. Parameters whose version
+        autograd has raised since are counted anew, as are all after a step inside
+        ``torch.compile``, and DTensors. Changes through ``p.data`` raise no version: after those,
+        call ``resnet_reg_ext.sparsity(optimizer)``, which always counts.
         """
         return count(self, self._zeros_known())
 
@@ -358,17 +333,10 @@ class ProxSGD(Optimizer):
         if torch.compiler.is_compiling():
             from . import compiled_step
 
-            if grad_coefficient is not None and not isinstance(grad_coefficient, Tensor):
-                grad_coefficient = torch.tensor(grad_coefficient, dtype=torch.float64, device="cpu")
-            compiled_step.step(self, eager_step.device_values(self, grad_coefficient))
+            compiled_step.step(self, grad_coefficient)
         else:
-            self._step(grad_coefficient)
+            eager_step.step(self, grad_coefficient)
         return loss
-
-    def _step(self, grad_coefficient: float | Tensor | None = None) -> None:
-        counted = eager_step.step(self, grad_coefficient)
-        if counted:
-            self._tracked_zeros = counted
 
     def _init_group(self, *arguments: Any) -> str:
         """Collects a group's tensors. torch.compile calls it, and doesn't trace it."""
@@ -377,6 +345,6 @@ class ProxSGD(Optimizer):
         return compiled_step.init_group(self, *arguments)
 
     def _zeros_known(self) -> dict[Tensor, Tensor]:
-        """What the last step counted, for the parameters that are still as it left them."""
+        """What the last step that counted did count, of the parameters that are as it left them."""
         tracked: list[TrackedZeros] = self.__dict__.get("_tracked_zeros", [])
         return known_zeros(tracked, starts_of(self)) if tracked else {}

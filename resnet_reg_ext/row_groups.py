@@ -19,6 +19,7 @@ from .backends.bucket import Bucket
 from .backends.device_values import DeviceValues
 from .backends.row_sets import Part, RowSet
 from .options import Options, finite_and_not_negative, group_lasso_of
+from .sparsity import has_l1
 from .state import parameter_name, parameter_place, towards_start
 
 Place = tuple[int, int]
@@ -35,7 +36,7 @@ class ReadSet:
 
 
 def check_group(group: Mapping[str, Any], where: str, count: int | None = None) -> None:
-    """Refuses a group whose options of the group lasso can't be used.
+    """Refuses a group with an option that is out of its range.
 
     Args:
         group: a parameter group.
@@ -45,13 +46,14 @@ def check_group(group: Mapping[str, Any], where: str, count: int | None = None) 
     Raises:
         ValueError: names the option and its value.
     """
+    Options.from_group(group, where)
     _check_lists(group, where, count)
     for i, value in enumerate(group.get("row_weights") or ()):
         _weights(value, f"{where}row_weights[{i}]")
 
 
 def _check_lists(group: Mapping[str, Any], where: str, count: int | None) -> None:
-    """The same without the numbers in ``row_weights``."""
+    """Refuses options of the group lasso, but for the numbers in ``row_weights``."""
     coefficient = group_lasso_of(group, where)
     for key in ("rows", "row_weights"):
         values = group.get(key)
@@ -95,6 +97,11 @@ def has_rows(group: Mapping[str, Any]) -> bool:
     """Whether a parameter of a group belongs to a set."""
     rows = group.get("rows")
     return rows is not None and any(number is not None for number in rows)
+
+
+def shrinks(group: Mapping[str, Any]) -> bool:
+    """Whether a group has a penalty that makes zeros."""
+    return has_l1(group) or has_group_lasso(group)
 
 
 def has_group_lasso(group: Mapping[str, Any]) -> bool:

@@ -207,7 +207,7 @@ def _to_host(counts: list[Tensor]) -> list[int]:
     return numbers
 
 
-def has_l1(group: dict[str, Any]) -> bool:
+def has_l1(group: Mapping[str, Any]) -> bool:
     """Whether a group's L1 coefficient is above 0, or was before a schedule took it to 0."""
     return float(group.get("l1", 0.0)) > 0 or group.get("initial_l1", 0.0) > 0
 

@@ -9,6 +9,7 @@ import pytest
 import resnet_reg_ext
 
 PACKAGE = Path(resnet_reg_ext.__file__).parent
+CSRC = Path(__file__).parents[2] / "csrc"
 
 # From the ground up. A module imports from the layers below its own and, within its layer, nothing.
 LAYERS = [
@@ -20,7 +21,8 @@ LAYERS = [
     {"backends.dispatch", "backends.pure_rows"},
     {"backends.dispatch_rows", "backends.op", "functional", "sparsity", "state", "tracked_zeros"},
     {"row_groups"},
-    {"checkpoints", "compiled_step", "eager_step", "group_checks", "regroup"},
+    {"checkpoints", "eager_step", "group_checks", "regroup"},
+    {"compiled_step"},
     {"prox_sgd"},
     {"schedules", "structure"},
     {"param_groups", "patch", "target_sparsity"},
@@ -92,3 +94,12 @@ def test_imports_are_found():
     assert "backends.dispatch" in imports_of("functional")
     assert {"eager_step", "backends.native", "compiled_step"} <= imports_of("prox_sgd")
     assert any(imports_of(module) for module in MODULES if module.startswith("recipe."))
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, CSRC], ids=lambda path: path.name)
+def test_no_file_is_long(folder):
+    """A module that needs more than 350 lines does more than one job."""
+    kinds = (".py", ".h", ".cpp", ".cu", ".cuh")
+    files = [path for path in folder.rglob("*") if path.suffix in kinds]
+    assert files
+    assert {f"{p.name}: {n}" for p in files if (n := p.read_text().count("\n")) > 350} == set()
