@@ -47,8 +47,8 @@ EXPERIMENTS = {
     "frontier": Experiment(
         (None, 0.3, 0.5, 0.7),
         {
-            "epochs": 15,
-            "evaluate_every": 15,
+            "epochs": 40,
+            "evaluate_every": 40,
             "image_size": 64,
             "train_size": 160,
             "test_size": 1000,

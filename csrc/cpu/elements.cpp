@@ -186,16 +186,18 @@ int64_t update_range(const Operands& operands, const void* coefficients, int64_t
 
 // A variant that leaves out counting takes an eighth fewer instructions, and a simpler form half of
 // them (tests/gates/instructions.py). A first step comes once, and Nesterov's momentum needs a
-// buffer: these have no variants of their own.
+// buffer: these have no variants of their own. Towards the start only a basic step with momentum
+// has some: each variant takes compile time.
 template <typename T, MomentumMode kMode, bool kStart>
 Kernel kernel_with(UpdateForm form, bool counts) {
-  if constexpr (kMode != MomentumMode::first_step) {
+  constexpr bool running = kMode == MomentumMode::running;
+  if constexpr (running || (kMode == MomentumMode::none && !kStart)) {
     if (form == UpdateForm::basic) {
       return counts ? update_range<T, Variant<kMode, UpdateForm::basic, true, kStart>>
                     : update_range<T, Variant<kMode, UpdateForm::basic, false, kStart>>;
     }
   }
-  if constexpr (kMode == MomentumMode::running) {
+  if constexpr (running && !kStart) {
     if (form == UpdateForm::nesterov) {
       return counts ? update_range<T, Variant<kMode, UpdateForm::nesterov, true, kStart>>
                     : update_range<T, Variant<kMode, UpdateForm::nesterov, false, kStart>>;

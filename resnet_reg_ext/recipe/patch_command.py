@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from .files import RecipeError
 from .libraries import import_libraries
 from .options import Parser
 from .settings import expanded
+
+_T = TypeVar("_T")
 
 
 def run(arguments: list[str]) -> None:
@@ -55,14 +58,14 @@ def run(arguments: list[str]) -> None:
     import_libraries()
     if args.action == "save":
         out = args.out or args.checkpoint.parent / "patch.safetensors"
-        said = _checked(lambda: _save(args.checkpoint, args.start, out))
+        said = write_patch(args.checkpoint, args.start, out)
     else:
         said = _checked(lambda: _apply(args.patch, args.start, args.out))
     if is_rank_zero():
         print(said)
 
 
-def _checked(action: Callable[[], str]) -> str:
+def _checked(action: Callable[[], _T]) -> _T:
     try:
         return action()
     except ValueError as error:
@@ -82,8 +85,13 @@ def _state(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _save(checkpoint: Path, start: Path, out: Path) -> str:
-    made = save_patch(out, _state(checkpoint), _state(start))
+def write_patch(checkpoint: Path, start: Path, out: Path) -> str:
+    """Writes a patch; returns what is to be told of it.
+
+    Raises:
+        RecipeError: a file is no ResNet-50, or the patch can't be written.
+    """
+    made = _checked(lambda: save_patch(out, _state(checkpoint), _state(start)))
     whole = checkpoint.stat().st_size
     return (
         f"{made.changed:,} of {made.size:,} values ({made.changed / made.size:.2%}) differ from "

@@ -20,7 +20,7 @@ from .command_line import (
 from .files import RecipeError
 from .libraries import import_libraries
 from .options import Parser, add_run_options, run_from
-from .settings import DIGITS, OPTIONS_FILES, Number, Run, option_name
+from .settings import DIGITS, OPTIONS_FILES, PUBLISHED, Number, Run, expanded, option_name
 
 if TYPE_CHECKING:
     from .results import Result
@@ -35,8 +35,16 @@ _NO_CHANNELS = "--channels isn't for --warm, where runs start from each other's 
 def _train(arguments: list[str]) -> None:
     parser = parser_of("train")
     add_run_options(parser, Run())
+    parser.add_argument(
+        "--patch",
+        action="store_true",
+        help="also write patch.safetensors, as `patch save` does: where the weights differ from "
+        "the --weights file's",
+    )
     add_out(parser, "out/train")
     args = settle(parser, arguments, "train")
+    if args.patch and (args.weights in PUBLISHED or args.channels is not None):
+        raise RecipeError("--patch needs --weights FILE, and can't be combined with --channels")
     import_libraries()
     from .report import write_report
     from .results import Result
@@ -61,6 +69,12 @@ def _train(arguments: list[str]) -> None:
         write_report(args.out)
         names = [OPTIONS_FILES["train"], "result.json", "best.ckpt", "last.ckpt", "tensorboard"]
         names += ["predictions.csv", "mistakes.json", "report.html"]
+        if args.patch:
+            from .patch_command import write_patch
+
+            names.append("patch.safetensors")
+            ended = "best.ckpt" if run.early_stopping else "last.ckpt"
+            print(write_patch(args.out / ended, expanded(run.weights), args.out / names[-1]))
         # One since the start and one since each resumption, the oldest first.
         logs = sorted(args.out.glob("csv/*/metrics.csv"), key=lambda path: path.stat().st_mtime)
         list_files([*(args.out / name for name in names), *logs])

@@ -8,7 +8,7 @@ import torch
 import yaml
 from test_recipe_runs import SHORT, Signal
 
-from resnet_reg_ext import cli
+from resnet_reg_ext import apply_patch, cli
 from resnet_reg_ext.recipe.compare import arms, strength_options
 from resnet_reg_ext.recipe.files import RecipeError, Stopped
 from resnet_reg_ext.recipe.model import Classifier
@@ -37,6 +37,19 @@ def test_a_large_l1_keeps_the_weights_at_their_start_resumed_too(weights, tmp_pa
         assert torch.equal(state[f"model.{name}"], start[name])
     assert not torch.equal(state["model.bn1.bias"], start["bn1.bias"])
     assert not state["model.fc.weight"].any()  # the new head is pulled towards zero
+
+
+def test_a_run_writes_its_patch_on_request(weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = [f"--{n}-size={v}" for n, v in (("train", 10), ("val", 10), ("test", 10))]
+    options += ["--image-size=8", "--batch-size=10", "--epochs=1", "--accelerator=cpu"]
+    options += [f"--weights={weights}", "--toward=start", "--l1=1e3", "--lr=1e-3", "--patch"]
+    assert cli.main(["train", *options, f"--out={out}"]) == 0
+    assert str(out / "patch.safetensors") in capsys.readouterr().out.split("Written:")[1]
+    again = apply_patch(torch.load(weights, weights_only=True), out / "patch.safetensors")
+    state = torch.load(out / "last.ckpt", weights_only=True)["state_dict"]
+    assert {f"model.{name}" for name in again} == set(state)
+    assert all(torch.equal(state[f"model.{name}"], value) for name, value in again.items())
 
 
 def test_arms_and_grids_have_both_where_there_are_weights(weights):
@@ -78,6 +91,8 @@ def test_a_comparison_with_a_start_is_repeated_by_its_file(weights, tmp_path):
     [
         (["train", "--toward=start"], "--toward start can't be combined with --weights none"),
         (["train", "--toward=start", "--weights=w", "--channels=0.5"], "combined with --channels"),
+        (["train", "--patch"], "--patch needs --weights FILE"),
+        (["train", "--patch", "--weights=w", "--channels=0.5"], "combined with --channels"),
         (["compare", "--toward=start"], "--toward start is for train and path"),
         (["tune", "--toward=start"], "--toward start is for train and path"),
         (["path", "--toward=start", "--warm"], "--toward start isn't for --warm"),
