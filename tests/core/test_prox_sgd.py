@@ -18,7 +18,7 @@ from resnet_reg_ext import ProxSGD
 from resnet_reg_ext.backends import native
 from resnet_reg_ext.functional import prox_sgd_
 
-pytestmark = [pytest.mark.reads_tensors, pytest.mark.sanitized]
+pytestmark = pytest.mark.sanitized
 
 CHUNK = 32768
 TRAJECTORIES = (
