@@ -125,15 +125,10 @@ def read(groups: Sequence[Mapping[str, Any]], frozen: Sequence[bool]) -> list[Re
     if not any(coefficients):
         return []
     check_used(groups)
-    members: dict[int, list[tuple[Place, Tensor]]] = {}
     for g, group in enumerate(groups):
-        params = list(group["params"])
-        _check_lists(group, wheres[g], len(params))  # _weights_of checks those that count
-        for i, number in enumerate(group.get("rows") or ()):
-            if number is not None:
-                members.setdefault(number, []).append(((g, i), params[i]))
+        _check_lists(group, wheres[g], len(group["params"]))  # weights_of checks those that count
     sets = []
-    for of_set in members.values():
+    for of_set in members_of(groups).values():
         in_groups = [place[0] for place, _ in of_set]
         for what, values in (("group_lasso", coefficients), ("frozen_zeros", frozen)):
             if len({values[g] for g in in_groups}) > 1:
@@ -144,8 +139,26 @@ def read(groups: Sequence[Mapping[str, Any]], frozen: Sequence[bool]) -> list[Re
                 raise _differs(groups, places[other], places[0], what, values)
         first = in_groups[0]
         if coefficients[first] > 0 and not frozen[first]:
-            sets.append(ReadSet(of_set, coefficients[first], _weights_of(groups, of_set)))
+            sets.append(ReadSet(of_set, coefficients[first], weights_of(groups, of_set)))
     return sets
+
+
+def members_of(groups: Sequence[Mapping[str, Any]]) -> dict[int, list[tuple[Place, Tensor]]]:
+    """The parameters of each set, by its number, and their places."""
+    members: dict[int, list[tuple[Place, Tensor]]] = {}
+    for g, group in enumerate(groups):
+        for i, (number, param) in enumerate(
+            zip(group.get("rows") or (), group["params"], strict=False)
+        ):
+            if number is not None:
+                members.setdefault(number, []).append(((g, i), param))
+    return members
+
+
+def default_weight(params: Sequence[Tensor]) -> float:
+    """The weight of a row of a set that is given none: the square root of its elements."""
+    rows = params[0].shape[0]
+    return math.sqrt(sum(p.numel() // rows for p in params)) if rows else 0.0
 
 
 def divide(
@@ -230,7 +243,7 @@ def _row_set(
             )
     weights = one.weights
     if weights is None:
-        weights = math.sqrt(sum(p.numel() // rows for p in params)) if rows else 0.0
+        weights = default_weight(params)
     elif isinstance(weights, Tensor) and len(weights) != rows:
         (g, i), _ = one.members[0]
         raise ValueError(
@@ -241,7 +254,7 @@ def _row_set(
     return RowSet(members, rows, one.coefficient, weights)
 
 
-def _weights_of(
+def weights_of(
     groups: Sequence[Mapping[str, Any]], members: Sequence[tuple[Place, Tensor]]
 ) -> float | Tensor | None:
     """The weights of a set: what any of its parameters says, which must be the same."""
