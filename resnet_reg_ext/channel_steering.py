@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class ChannelSteering:
             norms = torch.stack([_row_norms(self._value(p)) for p in params]).square().sum(0).sqrt()
             alive = norms != 0  # NaN is
             # 0/0 stays out of it; what is not penalised, or has no lr, has an infinite one.
-            needed = (norms / (torch.as_tensor(weights).double() * moved))[alive]
+            needed = (norms / (torch.as_tensor(weights, dtype=torch.double) * moved))[alive]
             reaches.append(needed.nan_to_num(nan=math.inf, posinf=math.inf))
             owners.append(torch.full((len(needed),), number))
             gone[number] = self.sizes.setdefault(number, len(norms)) - len(needed)
@@ -173,18 +174,16 @@ class ChannelSteering:
         return sum(gone.values()) / max(1, sum(self.sizes[number] for number in gone))
 
     def _missing(self, target: float, gone: Mapping[int, int], owners: Tensor) -> int:
-        """How many of the channels that are left must go, in their order."""
+        """How many of the channels that are left must go, in their order, to be nearest to it."""
         if not self.layers:
             total = sum(self.sizes[number] for number in gone)
             return max(0, round(target * total) - sum(gone.values()))
-        low, high = 0, len(owners)
-        while low < high:
-            middle = (low + high) // 2
-            if self._share(Counter(gone) + Counter(owners[:middle].tolist())) >= target:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+
+        def share(count: int) -> float:
+            return self._share(Counter(gone) + Counter(owners[:count].tolist()))
+
+        low = bisect_left(range(len(owners)), target, key=share)
+        return low - 1 if low and target - share(low - 1) < share(low) - target else low
 
     def _tell_lost(self, gone: Mapping[int, int]) -> None:
         """Warns, once, of each set that has no channel left."""

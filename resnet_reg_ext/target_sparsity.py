@@ -300,6 +300,7 @@ class TargetSparsity(BaseL1Scheduler):
         if self._channels is not None:
             state |= {"of": self.of, "group_lasso": self.get_last_l1()}
             state["channels"] = self._channels.state_dict()
+            state |= {key: getattr(self, key) for key in _CHANNEL_STATE}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -319,6 +320,8 @@ class TargetSparsity(BaseL1Scheduler):
         self._step_count = state_dict.get("_step_count", self.last_epoch + 1)
         if self._channels is not None:
             self._channels.load_state_dict(state_dict["channels"])
+            for key in _CHANNEL_STATE:
+                setattr(self, key, state_dict[key])
             self._set_l1(state_dict["group_lasso"])
 
 
@@ -333,6 +336,8 @@ _STATE = {
     "_slope": "_slope",
     "_log_factor": "_log_factor",
 }
+
+_CHANNEL_STATE = ("_reach", "_strength", "_held")
 
 # Tuned on ResNets of three sizes on digit images, at targets of 0.5, 0.8 and 0.95. Zeros come as
 # slowly as l1 pulls weights in, and go only once l1 is below the gradients. So the controller looks
