@@ -22,6 +22,7 @@ from .structure import Channels, ChannelSet
 
 _WHO = "TargetSparsity"
 _BEYOND = 0.005
+_CONTROL = ("reach", "strength", "held")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Measured:
         reach: the largest ‖w_g‖/(a_g·k) of the channels that are to go, in units of lr: how far
             the strength times the sum of lr must reach. None where there is no such channel.
         limit: the same of a share that is half a point larger, and of one channel more at least.
+        is_near: whether less than half a point is missing.
         lr: what ``reach`` is divided by, to be in steps.
     """
 
@@ -62,6 +64,7 @@ class Measured:
     missing: int
     reach: float | None
     limit: float
+    is_near: bool
     lr: float
 
 
@@ -91,6 +94,8 @@ class ChannelSteering:
         if of == "macs":
             self.layers = _layers(optimizer, sets)
         self.lost: list[int] = []
+        self._reach: float | None = None
+        self._strength = self._held = 0.0
 
     def check(self, target: float) -> None:
         """Refuses a target that the weights of the rows don't let the optimizer reach.
@@ -114,19 +119,49 @@ class ChannelSteering:
             target: the share that is to go.
 
         Returns:
-            None where no channel can move.
+            None where there is no channel, or none that requires a gradient.
         """
         gone, reaches, owners, lr = self._read()
-        if not len(owners) or not lr:
+        if not len(owners):
             return None
         self._tell_lost(gone)
-        missing = self._missing(target, gone, owners)
+        share, missing = self._share(gone), self._missing(target, gone, owners)
         finite = reaches[reaches.isfinite()].tolist()
         if not missing or not finite:
-            return Measured(self._share(gone), missing, None, 0.0, lr)
+            return Measured(share, missing, None, 0.0, False, lr)
         more = max(missing + 1, self._missing(target + _BEYOND, gone, owners))
         reach, limit = (finite[min(count, len(finite)) - 1] for count in (missing, more))
-        return Measured(self._share(gone), missing, reach, limit, lr)
+        return Measured(share, missing, reach, limit, target - share <= _BEYOND, lr)
+
+    def strength(
+        self, found: Measured, lrs_left: float, every: int, smoothing: float
+    ) -> float | None:
+        """The strength for the next steps.
+
+        Args:
+            found: what was measured now.
+            lrs_left: the sum of lr over the steps left, in units of the present lr.
+            every: how many steps ago it was measured before.
+            smoothing: over how many steps the pull of the gradients is averaged.
+
+        Returns:
+            None where the strength is to stay, as nothing can move.
+        """
+        if not found.missing:
+            return 0.0
+        if found.reach is None:
+            return None
+        if self._reach is not None:
+            # What the strength alone would have done is the strength; gradients hold off some.
+            held = self._strength - (self._reach - found.reach) / (found.lr * every)
+            self._held += min(1.0, every / smoothing) * (held - self._held)
+        self._reach = found.reach
+        needed = found.reach / found.lr / lrs_left + max(0.0, self._held)
+        if found.is_near:  # channels that died lately would come back by their momentum
+            needed = max(needed, self._strength)
+        # The last step takes no more than what is asked for.
+        self._strength = min(needed, found.limit / found.lr)
+        return self._strength
 
     @torch.no_grad()
     def _read(self) -> tuple[dict[int, int], Tensor, Tensor, float]:
@@ -201,14 +236,17 @@ class ChannelSteering:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts at the start, and what was told."""
+        """The counts at the start, what was told, and how the strength is taken."""
         layers = [(la.multiply_adds, dict(la.rows), dict(la.columns)) for la in self.layers]
-        return {"sizes": dict(self.sizes), "layers": layers, "lost": list(self.lost)}
+        state = {"sizes": dict(self.sizes), "layers": layers, "lost": list(self.lost)}
+        return state | {key: getattr(self, f"_{key}") for key in _CONTROL}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave."""
         self.layers = [Layer(*values) for values in state["layers"]]
         self.sizes, self.lost = dict(state["sizes"]), list(state["lost"])
+        for key in _CONTROL:
+            setattr(self, f"_{key}", state[key])
 
 
 def _row_norms(value: Tensor) -> Tensor:

@@ -129,8 +129,6 @@ class TargetSparsity(BaseL1Scheduler):
         self._slope = 0.0
         self._log_factor = 0.0
         self._channels: ChannelSteering | None = None
-        self._reach: float | None = None
-        self._strength = self._held = 0.0
         if of == "weights":
             return
         self._channels = ChannelSteering(optimizer, of, sets)
@@ -257,23 +255,14 @@ class TargetSparsity(BaseL1Scheduler):
         if self.freeze and not found.missing and not self._has_frozen:
             self._freeze()
             return
-        if found.reach is None:
-            self._set_l1([0.0] * len(self._groups))
-            return
-        length = self.steps - self.begin
-        if self._reach is not None:
-            # How fast gradients hold off what the strength alone would have shrunk.
-            shrunk = (self._reach - found.reach) / (found.lr * self.every)
-            held = self._strength - shrunk
-            self._held += min(1.0, self.every / length / _SMOOTHING) * (held - self._held)
-        end = self.begin + math.ceil(_RAMP * length)
+        end = self.begin + math.ceil(_RAMP * (self.steps - self.begin))
         left = max(end - self.last_epoch, self.every)
         ahead = self._lrs[self.last_epoch : self.last_epoch + left]
         lrs_left = sum(ahead) / ahead[0] if ahead and ahead[0] > 0 else float(left)
-        self._reach = found.reach
-        needed = found.reach / lrs_left + found.lr * max(0.0, self._held)
-        self._strength = min(needed, found.limit) / found.lr  # a step takes no more than is asked
-        self._set_l1([self._strength] * len(self._groups))
+        smoothing = _SMOOTHING * (self.steps - self.begin)
+        strength = channels.strength(found, lrs_left, self.every, smoothing)
+        if strength is not None:
+            self._set_l1([strength] * len(self._groups))
 
     def _count(self) -> tuple[int, int]:
         """Counts exact zeros and elements of the steered groups' parameters that can move."""
@@ -300,7 +289,6 @@ class TargetSparsity(BaseL1Scheduler):
         if self._channels is not None:
             state |= {"of": self.of, "group_lasso": self.get_last_l1()}
             state["channels"] = self._channels.state_dict()
-            state |= {key: getattr(self, key) for key in _CHANNEL_STATE}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -320,8 +308,6 @@ class TargetSparsity(BaseL1Scheduler):
         self._step_count = state_dict.get("_step_count", self.last_epoch + 1)
         if self._channels is not None:
             self._channels.load_state_dict(state_dict["channels"])
-            for key in _CHANNEL_STATE:
-                setattr(self, key, state_dict[key])
             self._set_l1(state_dict["group_lasso"])
 
 
@@ -336,8 +322,6 @@ _STATE = {
     "_slope": "_slope",
     "_log_factor": "_log_factor",
 }
-
-_CHANNEL_STATE = ("_reach", "_strength", "_held")
 
 # Tuned on ResNets of three sizes on digit images, at targets of 0.5, 0.8 and 0.95. Zeros come as
 # slowly as l1 pulls weights in, and go only once l1 is below the gradients. So the controller looks
