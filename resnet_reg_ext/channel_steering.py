@@ -21,7 +21,7 @@ from .state import MASTER_WEIGHT, parameter_place
 from .structure import Channels, ChannelSet
 
 _WHO = "TargetSparsity"
-_BEYOND = 0.005
+_BEYOND = 0.0025
 _CONTROL = ("reach", "strength", "held")
 
 
@@ -55,8 +55,8 @@ class Measured:
         missing: how many channels must still go; 0 once the target is reached.
         reach: the largest ‖w_g‖/(a_g·k) of the channels that are to go, in units of lr: how far
             the strength times the sum of lr must reach. None where there is no such channel.
-        limit: the same of a share that is half a point larger, and of one channel more at least.
-        is_near: whether less than half a point is missing.
+        limit: the same of a quarter of a point more, and of one channel more at least.
+        is_near: whether less than a quarter of a point is missing.
         lr: what ``reach`` is divided by, to be in steps.
     """
 

@@ -16,8 +16,8 @@ The modules, in the order of a run:
 - ``checkpoints`` and ``weights``: files of others, read without trust;
 - ``model``: the ResNet-50, and the Lightning module with ``ProxSGD``;
 - ``shapes``: a ResNet-50 without some of its channels, in checkpoints;
-- ``channel_choice``, ``removal``, ``steered_removal`` and ``channel_methods``: which channels go, and
-  their removal while training, by importance or by a group lasso;
+- ``channel_choice``, ``removal``, ``steered_removal`` and ``channel_methods``: which channels go,
+  and their removal while training, by importance or by a group lasso;
 - ``callbacks``: progress, history, checkpoints and stopping;
 - ``former``: files of versions that had two sets;
 - ``forecast``, ``ahead``: what an l1 will do, strengths for it, what runs will take;
