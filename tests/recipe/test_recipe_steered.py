@@ -86,6 +86,28 @@ def test_an_interrupted_run_ends_with_the_same_bits(runs):
         assert not group["frozen_zeros"]  # L1 goes on
 
 
+class Loss(Callback):
+    """Sets a whole block to zero after each step."""
+
+    def on_train_start(self, trainer, pl_module):
+        def kill(*_):
+            for parameter in pl_module.model.layer1[1].parameters():
+                parameter.data.zero_()
+
+        trainer.optimizers[0].register_step_post_hook(kill)
+
+
+def test_a_run_that_loses_a_layer_says_so_and_goes_on(tmp_path, capsys):
+    run = replace(SHORT, train_size=20, epochs=3, evaluate_every=1, channels=0.5, method="prox")
+    with pytest.warns(UserWarning, match=r"all 64 channels of .*layer1.1.conv1.weight\) are zero"):
+        train(run, tmp_path / "out", callbacks=[Loss()])
+    said = capsys.readouterr().out
+    assert "layer1.1.conv1.weight, layer1.1.conv2.weight, layer1.1.conv3.weight wholly zero" in said
+    assert "give a lower --channels" in said
+    model = load_classifier(tmp_path / "out" / "last.ckpt").model
+    assert not hasattr(model.layer1[1], "conv1")  # its shortcut alone is left
+
+
 def test_a_comparison_has_the_arm_where_it_is_asked_for():
     """How it is trained: test_recipe_start.py."""
     run = replace(SHORT, l1=0.1, weight_decay=0.2)
