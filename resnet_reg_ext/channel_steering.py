@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .backends import dtensor
 from .options import Options
-from .row_groups import default_weight, members_of, weights_of
+from .row_groups import members_of, rows_and_weights, weights_of
 from .state import MASTER_WEIGHT, parameter_place
 from .structure import Channels, ChannelSet
 
@@ -81,14 +81,15 @@ class ChannelSteering:
 
     Raises:
         TypeError: ``sets`` aren't what ``channels`` returns.
-        ValueError: they are another model's.
+        ValueError: they are another model's, or a set's parameters don't have the same rows.
     """
 
     def __init__(self, optimizer: Optimizer, of: str, sets: Channels | None) -> None:
         self.optimizer = optimizer
+        groups = optimizer.param_groups
         self.sizes = {
-            number: len(members[0][1])
-            for number, members in members_of(optimizer.param_groups).items()
+            number: rows_and_weights(groups, members, weights_of(groups, members))[0]
+            for number, members in members_of(groups).items()
         }
         self.layers: list[Layer] = []
         if of == "macs":
@@ -183,8 +184,7 @@ class ChannelSteering:
             params = [param for _, param in of_set]
             if not all(param.requires_grad for param in params) or not len(params[0]):
                 continue
-            weights = weights_of(groups, of_set)
-            weights = default_weight(params) if weights is None else weights
+            _, weights = rows_and_weights(groups, of_set, weights_of(groups, of_set))
             group = groups[of_set[0][0][0]]
             moved = Options.from_group(group).k * (float(group["lr"]) / lr if lr else 0.0)
             norms = torch.stack([_row_norms(self._value(p)) for p in params]).square().sum(0).sqrt()

@@ -289,6 +289,19 @@ def test_arguments_out_of_range(change, error, message):
     assert [group["group_lasso"] for group in optimizer.param_groups] == before
 
 
+def test_sets_that_have_no_common_rows_are_refused():
+    odd = [nn.Parameter(torch.ones(4, 2)), nn.Parameter(torch.ones(5))]
+    for rows, weights, message in (
+        ([0, 0], None, "its first dimension is 5, and that of .* is 4"),
+        ([0, None], [[1.0] * 3, None], "row_weights has 3 numbers: must have 4"),
+    ):
+        group = {"params": odd, "rows": rows, "row_weights": weights}
+        optimizer = ProxSGD([group], group_lasso=1.0)
+        with pytest.raises(ValueError, match=rf"param_groups\[0\]\['params'\].*{message}"):
+            TargetSparsity(optimizer, steps=10, of="channels")
+        assert optimizer.param_groups[0]["group_lasso"] == 1.0
+
+
 def test_what_is_not_the_models_is_refused():
     model = network()
     sets = channels(model, EXAMPLE)
