@@ -50,8 +50,9 @@ class TargetSparsity(BaseL1Scheduler):
               \frac{\lVert w_g \rVert}{a_g \sum_\text{steps left} lr \cdot k} \Big)
 
     It is the same for all groups with ``rows``; what they had before doesn't matter. It is taken
-    anew at every count, so that what gradients have moved meanwhile is made up for, and it aims at
-    the end of the first 80 % of the steps from ``begin`` to ``steps``. Up to ``begin`` it is 0. For
+    anew at every count, and what gradients held off lately, by which the quantile fell behind, is
+    added. It aims at the end of the first 80 % of the steps from ``begin`` to ``steps``; up to
+    ``begin`` it is 0. No step reaches farther than to a quarter of a point beyond the target. For
     multiply-adds the quantile is that of as many channels, in the order of that fraction, as it
     takes: a layer's multiply-adds are in proportion to its rows and to its columns. Once the target
     is reached, the zeros are frozen, whenever that is. Channels that ``compact`` has taken out
