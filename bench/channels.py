@@ -1,5 +1,7 @@
 """``python -m bench channels``: accuracy, latency and training time against channels taken out.
 
+``target`` is about the group lasso: how near its steering comes to the share that was asked for.
+
 One training run is one piece: ``--one`` makes the next that is missing and ends, and a run that was
 stopped goes on. When all are there, latency is measured, all models in turn, and the figures go to
 ``docs/results/channels``.
@@ -38,11 +40,17 @@ class Experiment:
     """What is changed to try it out within a minute."""
 
 
+_SMALL = {"epochs": 2, "train_size": 20, "test_size": 20, "batch_size": 10, "image_size": 16}
 EXPERIMENTS = {
     "digits": Experiment(
         (None, 0.8),
         {"epochs": 20, "evaluate_every": 20},
-        {"epochs": 2, "train_size": 20, "test_size": 20, "batch_size": 10, "image_size": 16},
+        _SMALL,
+    ),
+    "target": Experiment(
+        (0.5, 0.8),
+        {"epochs": 20, "evaluate_every": 20, "method": "prox"},
+        _SMALL,
     ),
     "frontier": Experiment(
         (None, 0.3, 0.5, 0.7),
@@ -57,7 +65,7 @@ EXPERIMENTS = {
             "lr": 0.01,
             "weight_decay": 1e-4,
         },
-        {"epochs": 2, "train_size": 20, "test_size": 20, "batch_size": 10, "image_size": 16},
+        _SMALL,
     ),
 }
 
@@ -127,7 +135,12 @@ def _experiment(options: argparse.Namespace) -> int:
     if left or (missing and options.one):
         print(f"{len(left)} of {len(pieces)} runs are left", flush=True)
         return 0
-    results = suite.rounded(_collect(options.what, pieces, options.small))
+    collected = (
+        _collect_target(pieces)
+        if options.what == "target"
+        else _collect(options.what, pieces, options.small)
+    )
+    results = suite.rounded(collected)
     path = (folder if options.small else options.out) / f"{options.what}.json"
     suite.write_json(results, path)
     print(f"written: {path}")
@@ -167,17 +180,7 @@ def _collect(name: str, pieces: list[Piece], small: bool) -> dict[str, Any]:
     for piece in pieces:
         result = Result.load(piece.folder)
         results.setdefault(piece.name, []).append(result)
-        cpu = piece.folder.with_suffix(piece.folder.suffix + ".cpu.json")
-        last = {key: result.last[key] for key in ("train_accuracy", "test_accuracy", "test_loss")}
-        rows.append(
-            {
-                "variant": piece.name,
-                "seed": piece.seed,
-                **last,
-                "test_images": result.data["test_images"],
-                "cpu_seconds": json.loads(cpu.read_text()),
-            }
-        )
+        rows.append(_row(piece, result))
         if piece.share is not None or piece.seed == 0:  # dense models differ in their values alone
             model = load_classifier(piece.folder / "last.ckpt").model
             models[f"{piece.name}, seed {piece.seed}"] = model
@@ -199,6 +202,43 @@ def _collect(name: str, pieces: list[Piece], small: bool) -> dict[str, Any]:
             "rounds": rounds,
             "models": [asdict(one) for one in measured],
         },
+    }
+
+
+def _row(piece: Piece, result: Any) -> dict[str, Any]:
+    """What is told of each run."""
+    cpu = piece.folder.with_suffix(piece.folder.suffix + ".cpu.json")
+    return {
+        "variant": piece.name,
+        "seed": piece.seed,
+        **{key: result.last[key] for key in ("train_accuracy", "test_accuracy", "test_loss")},
+        "test_images": result.data["test_images"],
+        "cpu_seconds": json.loads(cpu.read_text()),
+    }
+
+
+def _collect_target(pieces: list[Piece]) -> dict[str, Any]:
+    """The shares of channels that were asked for, and those that the runs ended with."""
+    from resnet_reg_ext.recipe import verdicts
+    from resnet_reg_ext.recipe.channel_choice import find_channels
+    from resnet_reg_ext.recipe.model import Classifier, load_classifier
+    from resnet_reg_ext.recipe.results import Result
+
+    results = [Result.load(piece.folder) for piece in pieces]
+    total = find_channels(Classifier(results[0].run, results[0].classes)).total
+    rows = []
+    for piece, result in zip(pieces, results, strict=True):
+        left = find_channels(load_classifier(piece.folder / "last.ckpt")).total
+        rows.append({**_row(piece, result), "asked": piece.share, "share": 1 - left / total})
+    seeds = len({piece.seed for piece in pieces})
+    return {
+        "experiment": "target",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine.machine("cpu"),
+        "run": {k: v for k, v in asdict(results[0].run).items() if k not in _PATHS},
+        "channels": total,
+        "conditions": verdicts.conditions({"runs": results[:seeds]}),
+        "runs": rows,
     }
 
 

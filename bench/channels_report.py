@@ -14,10 +14,12 @@ from .plots import COLOURS, INK, STYLE
 
 WAYS = {"eager": "eager", "folded": "folded norms, channels_last", "onnxruntime": "onnxruntime"}
 PLOT = "accuracy-latency.svg"
+TARGET = "target"
 TITLES = {"digits": "Digits, from scratch", "frontier": "Fine-tuning on few images"}
 COMMANDS = {
     "digits": "python -m bench channels digits",
     "frontier": "python -m bench channels frontier --data DIR --weights FILE",
+    TARGET: "python -m bench channels target",
 }
 
 
@@ -28,7 +30,7 @@ def write(folder: Path, page: Path) -> list[Path]:
         ValueError: the page has no place for the block.
     """
     results = read(folder)
-    plot = _draw(results, folder / PLOT)
+    plot = _draw(with_latency(results), folder / PLOT)
     new = markdown.with_block(page.read_text(encoding="utf-8"), "channels", block(results))
     page.write_text(new, encoding="utf-8")
     return [plot, page]
@@ -38,7 +40,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     """The experiments that have figures."""
     return {
         name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        for name in TITLES
+        for name in (*TITLES, TARGET)
         if (folder / f"{name}.json").is_file()
     }
 
@@ -74,16 +76,43 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
 def block(results: dict[str, dict[str, Any]]) -> str:
     """Tables, verdicts and conditions of all experiments, in Markdown."""
     parts = []
-    if results:
+    figures = with_latency(results)
+    if figures:
         parts.append(f"![Accuracy against latency](results/channels/{PLOT})")
-    for name, of_experiment in results.items():
+    for name, of_experiment in figures.items():
         parts += [f"### {TITLES[name]}", *_section(name, of_experiment)]
+    if TARGET in results:
+        parts += ["### The group lasso, steered to a share", *_target_section(results[TARGET])]
     parts += [
         f"{title}: no figures are committed yet; made by `{COMMANDS[name]}`."
-        for name, title in TITLES.items()
+        for name, title in {**TITLES, TARGET: "The group lasso, steered to a share"}.items()
         if name not in results
     ]
     return "\n\n".join(parts)
+
+
+def with_latency(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The experiments that have a dense model beside the others."""
+    return {name: of_experiment for name, of_experiment in results.items() if name in TITLES}
+
+
+def _target_section(results: dict[str, Any]) -> list[str]:
+    rows = []
+    for asked in sorted({run["asked"] for run in results["runs"]}):
+        runs = [run for run in results["runs"] if run["asked"] == asked]
+        got = ", ".join(f"{100 * run['share']:.2f} %" for run in runs)
+        farthest = max(abs(run["share"] - asked) for run in runs)
+        accuracy = spread([run["test_accuracy"] for run in runs])
+        rows.append([f"{100 * asked:.0f} %", got, f"{100 * farthest:.2f} points", accuracy])
+    run = results["run"]
+    return [
+        f"{results['conditions']}, {run['image_size']} px, {run['epochs']} epochs, batch "
+        f"{run['batch_size']}, lr {run['lr']:g}, `--method prox`. Of {results['channels']:,} "
+        "channels.",
+        grid(["asked", "taken out, by seed", "farthest off", "test accuracy"], rows),
+        f"{results['machine']['cpu']}, torch {results['machine']['versions']['torch']}, "
+        f"{results['date']}. Made by `{COMMANDS[TARGET]}`.",
+    ]
 
 
 def _section(name: str, results: dict[str, Any]) -> list[str]:

@@ -8,4 +8,4 @@ MODELS = {
     "vit_b_16": "ViT-B/16",
     FLAT: "one flat tensor",
 }
-EXPERIMENTS = ("digits", "frontier")  # of channels
+EXPERIMENTS = ("digits", "target", "frontier")  # of channels

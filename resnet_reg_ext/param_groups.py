@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .options import check_toward, finite_and_not_negative
 from .scale_invariance import scale_invariant_parameters
+from .structure import Channels
 from .structure.coupled_rows import coupled_rows
 
 # Layers whose "weight" is a weight whatever its shape, as of a layer with one output.
@@ -42,6 +43,9 @@ def param_groups(
     new: str | Sequence[str] = (),
     group_lasso: float = 0.0,
     example_inputs: Any = None,
+    sets: Channels | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+    min_keep: float = 0.0,
 ) -> list[dict[str, Any]]:
     r"""Splits a model's parameters into a regularised and an unregularised group.
 
@@ -76,8 +80,11 @@ def param_groups(
     With ``group_lasso`` whole channels are penalised, those that :func:`resnet_reg_ext.channels`
     finds: rows of convolutions and linear layers with the elements of norms that belong to them,
     whether they are in the regularised group or not. Both groups get ``group_lasso``, ``rows``,
-    equal integers for parameters whose rows are coupled, and ``row_weights``, the square root of
-    the number of elements of a channel. Sets with a parameter that ``exclude`` names are left out.
+    equal integers for parameters whose rows are coupled, and ``row_weights``, the a_g of each
+    channel g. Sets with a parameter that ``exclude`` names are left out. a_g is √n_g, n_g being the
+    number of elements of a channel; or, with scores s_g in ``importance``, c·‖w_g‖/s_g with the c
+    that leaves Σ a_g·‖w_g‖ as large (the adaptive lasso of Zou, 2006). The channels that go first
+    are those of the smallest ‖w_g‖/a_g, so with scores those that matter least.
 
     A parameter that is used in several places is in one group, the unregularised one if any of its
     places is. Frozen parameters are included; an optimizer passes over them until they have a
@@ -96,6 +103,13 @@ def param_groups(
             ``toward="zero"`` only. Needs ``example_inputs`` and
             ``pip install 'resnet_reg_ext[compact]'``.
         example_inputs: what one forward pass takes, as for :func:`resnet_reg_ext.channels`.
+        sets: instead of it what :func:`resnet_reg_ext.channels` returned for this model.
+        importance: with ``group_lasso`` scores of the channels, >= 0, by the set's name, as
+            :func:`resnet_reg_ext.importance` returns; of ``"taylor"`` the roots, which grow in
+            proportion to a channel's part in the loss. None for a_g = √n_g.
+        min_keep: with ``group_lasso`` the fraction of each set's channels, in [0, 1), that isn't
+            penalised (a_g = 0), so that no layer can be lost: those of the highest scores, or of
+            the largest norms (default: 0).
 
     Returns:
         One to three groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
@@ -103,8 +117,9 @@ def param_groups(
     Raises:
         TypeError: ``model`` is no module.
         ValueError: the model has no parameters, a pattern matches none of their names, there are
-            no channels for ``group_lasso``, or ``toward`` is neither of the two, ``"zero"`` with
-            ``new``, or ``"start"`` with ``group_lasso``.
+            no channels for ``group_lasso``, ``importance`` lacks a set or has scores that aren't
+            usable, ``min_keep`` is out of its range, or ``toward`` is neither of the two,
+            ``"zero"`` with ``new``, or ``"start"`` with ``group_lasso``.
         ImportError: ``group_lasso`` is given, and torch-pruning isn't installed.
 
     Warns:
@@ -123,6 +138,7 @@ def param_groups(
         )
     lasso = finite_and_not_negative(group_lasso, "param_groups: group_lasso")
     _check_toward(toward, new, lasso)
+    _check_for_lasso(lasso, importance, min_keep)
     excluded, included = _Patterns("exclude", exclude), _Patterns("include", include)
     unpretrained = _Patterns("new", new)
     names: dict[nn.Parameter, str] = {}
@@ -160,13 +176,28 @@ def param_groups(
         if members:
             groups.insert(0, {"params": members, **options})
     if lasso > 0:
-        rows, weights = coupled_rows(model, example_inputs, excluded.matched)
+        rows, weights = coupled_rows(
+            model,
+            example_inputs,
+            excluded.matched,
+            sets=sets,
+            importance=importance,
+            min_keep=min_keep,
+        )
         for group in groups:
             of_group = [names[parameter] for _, parameter in group["params"]]
             group["group_lasso"] = lasso
             group["rows"] = [rows.get(name) for name in of_group]
             group["row_weights"] = [weights.get(name) for name in of_group]
     return groups
+
+
+def _check_for_lasso(group_lasso: float, importance: Any, min_keep: float) -> None:
+    """Refuses what would have no effect without a group lasso."""
+    if group_lasso == 0 and (importance is not None or min_keep):
+        raise ValueError(
+            "param_groups: importance and min_keep are for group_lasso, which is 0: give one above"
+        )
 
 
 def _check_toward(toward: str, new: str | Sequence[str], group_lasso: float) -> None:

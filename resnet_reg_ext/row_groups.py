@@ -125,15 +125,10 @@ def read(groups: Sequence[Mapping[str, Any]], frozen: Sequence[bool]) -> list[Re
     if not any(coefficients):
         return []
     check_used(groups)
-    members: dict[int, list[tuple[Place, Tensor]]] = {}
     for g, group in enumerate(groups):
-        params = list(group["params"])
-        _check_lists(group, wheres[g], len(params))  # _weights_of checks those that count
-        for i, number in enumerate(group.get("rows") or ()):
-            if number is not None:
-                members.setdefault(number, []).append(((g, i), params[i]))
+        _check_lists(group, wheres[g], len(group["params"]))  # weights_of checks those that count
     sets = []
-    for of_set in members.values():
+    for of_set in members_of(groups).values():
         in_groups = [place[0] for place, _ in of_set]
         for what, values in (("group_lasso", coefficients), ("frozen_zeros", frozen)):
             if len({values[g] for g in in_groups}) > 1:
@@ -144,8 +139,26 @@ def read(groups: Sequence[Mapping[str, Any]], frozen: Sequence[bool]) -> list[Re
                 raise _differs(groups, places[other], places[0], what, values)
         first = in_groups[0]
         if coefficients[first] > 0 and not frozen[first]:
-            sets.append(ReadSet(of_set, coefficients[first], _weights_of(groups, of_set)))
+            sets.append(ReadSet(of_set, coefficients[first], weights_of(groups, of_set)))
     return sets
+
+
+def members_of(groups: Sequence[Mapping[str, Any]]) -> dict[int, list[tuple[Place, Tensor]]]:
+    """The parameters of each set, by its number, and their places."""
+    members: dict[int, list[tuple[Place, Tensor]]] = {}
+    for g, group in enumerate(groups):
+        for i, (number, param) in enumerate(
+            zip(group.get("rows") or (), group["params"], strict=False)
+        ):
+            if number is not None:
+                members.setdefault(number, []).append(((g, i), param))
+    return members
+
+
+def default_weight(params: Sequence[Tensor]) -> float:
+    """The weight of a row of a set that is given none: the square root of its elements."""
+    rows = params[0].shape[0]
+    return math.sqrt(sum(p.numel() // rows for p in params)) if rows else 0.0
 
 
 def divide(
@@ -207,7 +220,6 @@ def _row_set(
     with_grad = [place for place, param in one.members if id(param) in found]
     if not with_grad:
         return None
-    params = [param for _, param in one.members]
     for (g, i), param in one.members:
         if id(param) not in found:
             other = parameter_place(groups[with_grad[0][0]], *with_grad[0])
@@ -215,33 +227,49 @@ def _row_set(
                 f"{parameter_name(groups[g], g, i)}: has no gradient, but {other} has one: must "
                 "have both or neither, as their rows are coupled"
             )
+    rows, weights = rows_and_weights(groups, one.members, one.weights)
+    members = tuple(found[id(param)] for _, param in one.members)
+    return RowSet(members, rows, one.coefficient, weights)
+
+
+def rows_and_weights(
+    groups: Sequence[Mapping[str, Any]],
+    members: Sequence[tuple[Place, Tensor]],
+    weights: float | Tensor | None,
+) -> tuple[int, float | Tensor]:
+    """How many rows a set has, and their weights, by default √elements.
+
+    Args:
+        groups: the optimizer's.
+        members: of the set.
+        weights: what :func:`weights_of` gives for it.
+
+    Raises:
+        ValueError: its parameters have different first dimensions, or the weights another length.
+    """
+    (first_g, first_i), first = members[0]
+    for (g, i), param in members:
         if param.dim() == 0:
             raise ValueError(
                 f"{parameter_name(groups[g], g, i)}: has no dimensions: must have rows to be "
                 "coupled"
             )
-    rows = params[0].shape[0]
-    for (g, i), param in one.members:
-        if param.shape[0] != rows:
-            other = parameter_place(groups[one.members[0][0][0]], *one.members[0][0])
+        if param.shape[0] != first.shape[0]:
+            other = parameter_place(groups[first_g], first_g, first_i)
             raise ValueError(
                 f"{parameter_name(groups[g], g, i)}: its first dimension is {param.shape[0]}, and "
-                f"that of {other} is {rows}: must be equal, as their rows are coupled"
+                f"that of {other} is {first.shape[0]}: must be equal, as their rows are coupled"
             )
-    weights = one.weights
-    if weights is None:
-        weights = math.sqrt(sum(p.numel() // rows for p in params)) if rows else 0.0
-    elif isinstance(weights, Tensor) and len(weights) != rows:
-        (g, i), _ = one.members[0]
+    rows = first.shape[0]
+    if isinstance(weights, Tensor) and len(weights) != rows:
         raise ValueError(
-            f"{parameter_name(groups[g], g, i)}: its row_weights has {len(weights)} numbers: must "
-            f"have {rows}, one for each row"
+            f"{parameter_name(groups[first_g], first_g, first_i)}: its row_weights has "
+            f"{len(weights)} numbers: must have {rows}, one for each row"
         )
-    members = tuple(found[id(param)] for param in params)
-    return RowSet(members, rows, one.coefficient, weights)
+    return rows, default_weight([p for _, p in members]) if weights is None else weights
 
 
-def _weights_of(
+def weights_of(
     groups: Sequence[Mapping[str, Any]], members: Sequence[tuple[Place, Tensor]]
 ) -> float | Tensor | None:
     """The weights of a set: what any of its parameters says, which must be the same."""

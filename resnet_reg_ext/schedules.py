@@ -23,6 +23,8 @@ class BaseL1Scheduler(LRScheduler):
 
     base_lrs: list[Any]
     """The first l1 of every group that is steered."""
+    _option = "l1"
+    """The groups' option that is moved."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         name = type(self).__name__
@@ -40,32 +42,39 @@ class BaseL1Scheduler(LRScheduler):
         self._step_count = 1
         self._groups = [i for i, g in enumerate(optimizer.param_groups) if self._is_steered(g)]
         if not self._groups:
-            raise ValueError(f"{name}: no parameter group has an l1 above 0")
+            raise ValueError(f"{name}: no parameter group has {self._what_is_steered}")
         for i in self._groups:
-            l1 = optimizer.param_groups[i]["l1"]
-            if isinstance(l1, torch.Tensor) and not l1.is_floating_point():
+            value = optimizer.param_groups[i][self._option]
+            if isinstance(value, torch.Tensor) and not value.is_floating_point():
                 raise TypeError(
-                    f"{name}: param_groups[{i}]: l1 is a tensor of {l1.dtype}: must be of a "
-                    "floating-point dtype, to be moved"
+                    f"{name}: param_groups[{i}]: {self._option} is a tensor of {value.dtype}: must "
+                    "be of a floating-point dtype, to be moved"
                 )
         self.base_lrs = self.get_last_l1()
 
     def _is_steered(self, group: dict[str, Any]) -> bool:
         return bool(group.get("l1", 0.0) > 0)
 
+    @property
+    def _what_is_steered(self) -> str:
+        return "an l1 above 0"
+
     def _steered(self) -> list[dict[str, Any]]:
         return [self.optimizer.param_groups[i] for i in self._groups]
 
     def _set_l1(self, values: list[float]) -> None:
         for group, value in zip(self._steered(), values, strict=True):
-            if isinstance(group["l1"], torch.Tensor):
-                group["l1"].fill_(value)
+            if isinstance(group[self._option], torch.Tensor):
+                group[self._option].fill_(value)
             else:
-                group["l1"] = value
+                group[self._option] = value
 
     def get_last_l1(self) -> list[float]:
-        """The l1 of every group that is steered, in the optimizer's order."""
-        return [float(group["l1"]) for group in self._steered()]
+        """The l1 of every group that is steered, in the optimizer's order.
+
+        Of a :class:`TargetSparsity` of channels or multiply-adds, the group_lasso.
+        """
+        return [float(group[self._option]) for group in self._steered()]
 
     def get_last_lr(self) -> list[Any]:
         """The same as :meth:`get_last_l1`, for trainers that log what a scheduler has set."""
@@ -103,7 +112,8 @@ class BaseL1Scheduler(LRScheduler):
         if state["groups"] != self._groups:
             raise ValueError(
                 f"{type(self).__name__}: the state is that of param_groups {state['groups']}, "
-                f"but those with an l1 are {self._groups}"
+                f"but those with {'an' if self._option == 'l1' else 'a'} {self._option} are "
+                f"{self._groups}"
             )
 
 

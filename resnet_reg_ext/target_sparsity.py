@@ -1,24 +1,29 @@
-"""A controller of l1 that makes a given share of the regularised weights zero by a given step."""
+"""Steers l1, or group_lasso, so that a given share of weights or channels is zero by a step."""
 
 from __future__ import annotations
 
 import math
-import operator
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
+from .channel_steering import ChannelSteering
+from .row_groups import has_group_lasso
 from .schedules import BaseL1Scheduler
 from .sparsity import sparsity
+from .steering_arguments import check_of, checked_lrs, checked_window
+from .structure import Channels
 
 
 class TargetSparsity(BaseL1Scheduler):
-    r"""Steers l1 so that a given share of the regularised weights is zero by a given step.
+    r"""Steers l1 or group_lasso so that a given share is exactly zero by a given step.
 
-    The l1 of all groups that have one above 0 at construction is multiplied by one factor, so that
-    their ratios stay. In groups with ``toward="start"`` weights that are exactly at their start
-    count as zeros do. The share that is aimed at rises as in Zhu and Gupta's pruning schedule,
+    **Of the weights.** The l1 of all groups that have one above 0 at construction is multiplied by
+    one factor, so that their ratios stay. In groups with ``toward="start"`` weights that are
+    exactly at their start count as zeros do. The share that is aimed at rises as in Zhu and Gupta's
+    pruning schedule,
 
     .. math:: s(t) = s_\text{target}
               + (s_\text{begin} - s_\text{target}) (1 - (t - t_\text{begin}) / T)^3
@@ -36,8 +41,25 @@ class TargetSparsity(BaseL1Scheduler):
     ``freeze=False`` the controller goes on instead, and holds the share only on average: a single
     batch with large gradients moves weights off zero, for a few steps, faster than l1 can follow.
 
-    Meanwhile, don't change these groups' l1 in another way; lr may follow any schedule. While zeros
-    are frozen, by this class or by you, the controller does nothing.
+    **Of the channels**, or of the multiply-adds (``of="channels"``, ``"macs"``). A channel is a
+    group g of the group lasso, row i of a set of coupled rows, as ``param_groups(model,
+    group_lasso=..., example_inputs=...)`` makes them. A step shrinks ‖w_g‖ by group_lasso·a_g·lr·k,
+    so that the strength follows in closed form from the channels as they are and the steps left:
+
+    .. math:: \text{group\_lasso} = \operatorname{quantile}_\text{target} \Big(
+              \frac{\lVert w_g \rVert}{a_g \sum_\text{steps left} lr \cdot k} \Big)
+
+    It is the same for all groups with ``rows``; what they had before doesn't matter. It is taken
+    anew at every count, and what gradients held off lately, by which the quantile fell behind, is
+    added. It aims at the end of the first 80 % of the steps from ``begin`` to ``steps``; up to
+    ``begin`` it is 0. No step reaches farther than to a quarter of a point beyond the target. For
+    multiply-adds the quantile is that of as many channels, in the order of that fraction, as it
+    takes: a layer's multiply-adds are in proportion to its rows and to its columns. Once the target
+    is reached, the zeros are frozen, whenever that is. Channels that ``compact`` has taken out
+    meanwhile count as gone. A set that loses its last channel is told by a warning.
+
+    Meanwhile, don't change these groups' l1 or group_lasso in another way; lr may follow any
+    schedule. While zeros are frozen, by this class or by you, the controller does nothing.
 
     Args:
         optimizer: a :class:`resnet_reg_ext.ProxSGD`. Its l1 is where the search starts.
@@ -49,10 +71,18 @@ class TargetSparsity(BaseL1Scheduler):
             ``begin`` to ``steps``, at least 1). Counting reads the weights even if the optimizer
             has ``track_sparsity=True``, so that changes through ``p.data`` are seen.
         freeze: whether to freeze the zeros once the target is reached (default: True).
+        of: what the share is one of: ``"weights"``, ``"channels"`` or ``"macs"`` (default:
+            ``"weights"``).
+        sets: for ``of="macs"`` what :func:`resnet_reg_ext.channels` returns for the model, which
+            counts multiply-adds; the optimizer's groups must name its parameters.
+        lrs: of channels and multiply-adds, the lr of each of the steps, or numbers in proportion to
+            it, where a schedule will change lr; None counts on lr as it is (default: None).
 
     Raises:
-        TypeError: ``optimizer`` isn't one that applies an l1, or a number of steps isn't whole.
-        ValueError: no group has an l1 above 0, or an argument is out of its range.
+        TypeError: ``optimizer`` isn't one that applies an l1, a number of steps isn't whole, or
+            ``sets`` or ``lrs`` are something else.
+        ValueError: no group has an l1 above 0, or rows and a group_lasso; an argument is out of its
+            range; or ``row_weights`` of 0 keep more channels than the target leaves.
 
     Example:
         >>> steering = TargetSparsity(optimizer, target=0.9, steps=len(loader) * 60)
@@ -61,8 +91,12 @@ class TargetSparsity(BaseL1Scheduler):
         >>> steering.reached  # after training: whether the share is within two points of 0.9
         False
 
+        >>> groups = param_groups(model, group_lasso=1e-3, example_inputs=images[:1])
+        >>> optimizer = ProxSGD(groups, lr=0.01)
+        >>> steering = TargetSparsity(optimizer, 0.5, steps=len(loader) * 60, of="channels")
+
     References:
-        Zhu and Gupta, *To prune, or not to prune*, 2017, eq. 1, for the curve.
+        Zhu and Gupta, *To prune, or not to prune*, 2017, eq. 1, for the curve of weights.
     """
 
     def __init__(
@@ -74,22 +108,15 @@ class TargetSparsity(BaseL1Scheduler):
         begin: int = 0,
         every: int | None = None,
         freeze: bool = True,
+        of: str = "weights",
+        sets: Channels | None = None,
+        lrs: Sequence[float] | None = None,
     ) -> None:
-        if isinstance(target, str) or not 0 < target < 1:
-            raise ValueError(f"TargetSparsity: target is {target!r}: must be above 0 and below 1")
-        steps, begin = _whole(steps, "steps"), _whole(begin, "begin")
-        every = None if every is None else _whole(every, "every")
-        if not 0 <= begin < steps:
-            raise ValueError(
-                f"TargetSparsity: begin is {begin} and steps is {steps}: "
-                "begin must be at least 0, and steps above it"
-            )
-        every = max(1, (steps - begin) // 1000) if every is None else every
-        if not 1 <= every <= steps - begin:
-            raise ValueError(
-                f"TargetSparsity: every is {every}: must be from 1 to steps - begin, "
-                f"which is {steps - begin}"
-            )
+        check_of(of, sets, lrs)
+        steps, begin, every = checked_window(target, steps, begin, every)
+        self._lrs = checked_lrs(lrs, steps)
+        self.of = of
+        self._option = "l1" if of == "weights" else "group_lasso"
         super().__init__(optimizer)
         self.target = target
         self.steps = steps
@@ -102,10 +129,29 @@ class TargetSparsity(BaseL1Scheduler):
         self._size = 0
         self._slope = 0.0
         self._log_factor = 0.0
+        self._channels: ChannelSteering | None = None
+        if of == "weights":
+            return
+        self._channels = ChannelSteering(optimizer, of, sets)
+        self._channels.check(target)
+        for group, value in zip(self._steered(), self.base_lrs, strict=True):
+            group.setdefault("initial_group_lasso", value)
+        self._set_l1([0.0] * len(self._groups))
+        if begin == 0 and not self._is_frozen():
+            self._steer_channels(self._channels)
+
+    def _is_steered(self, group: dict[str, Any]) -> bool:
+        return super()._is_steered(group) if self.of == "weights" else has_group_lasso(group)
+
+    @property
+    def _what_is_steered(self) -> str:
+        if self.of == "weights":
+            return super()._what_is_steered
+        return "rows and a group_lasso above 0: see param_groups(model, group_lasso=)"
 
     @property
     def share(self) -> float | None:
-        """The share of zeros as last counted, or None before the first count."""
+        """The share as last counted, or None before the first count."""
         return self._share
 
     @property
@@ -118,13 +164,13 @@ class TargetSparsity(BaseL1Scheduler):
         return self._share is not None and abs(self._share - self.target) <= _MISSED
 
     def asked(self, step: float) -> float:
-        """The share that the curve asks for after ``step`` calls of :meth:`step`."""
+        """The share that the curve of weights asks for after ``step`` calls of :meth:`step`."""
         done = (step - self.begin) / (_RAMP * (self.steps - self.begin))
         left = 1 - min(max(done, 0.0), 1.0)
         return self.target + (self._start_share - self.target) * left**3
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Counts the zeros, where it is time to, and sets l1; after ``optimizer.step()``.
+        """Counts, where it is time to, and sets l1 or group_lasso; after ``optimizer.step()``.
 
         Warns, once, if the share is more than two points off the target at the last of ``steps``.
 
@@ -137,8 +183,11 @@ class TargetSparsity(BaseL1Scheduler):
             return
         self.last_epoch += 1
         passed_steps = self.last_epoch - self.begin
-        if passed_steps > 0 and passed_steps % self.every == 0:
-            self._steer(passed_steps)
+        if passed_steps % self.every == 0:
+            if self._channels is not None and passed_steps >= 0:
+                self._steer_channels(self._channels)
+            elif self._channels is None and passed_steps > 0:
+                self._steer(passed_steps)
         if self.last_epoch == self.steps and not self._is_frozen():
             self._warn_if_missed()
 
@@ -150,17 +199,19 @@ class TargetSparsity(BaseL1Scheduler):
         if share is None:
             warnings.warn(
                 f"TargetSparsity: in {self.steps} steps no weight of its groups could move, as lr "
-                "is 0 or none requires a gradient: l1 has been left as it was",
+                f"is 0 or none requires a gradient: {self._option} has been left as it was",
                 stacklevel=3,
             )
             return
         if self.reached:
             return
-        l1 = ", ".join(f"{value:.3g}" for value in self.get_last_l1())
+        values = ", ".join(f"{value:.3g}" for value in self.get_last_l1())
+        what = {"macs": "multiply-adds"}.get(self.of, self.of)
+        nearer = "start nearer to that, " if self._channels is None else ""
         warnings.warn(
-            f"TargetSparsity: after {self.steps} steps {share:.1%} of the weights are zero, not "
-            f"{self.target:.1%}; steering goes on. l1 has come to {l1}: start nearer to that, give "
-            "it more steps, or see that lr doesn't decay before",
+            f"TargetSparsity: after {self.steps} steps {share:.1%} of the {what} are zero, not "
+            f"{self.target:.1%}; steering goes on. {self._option} has come to {values}: {nearer}"
+            "give it more steps, or see that lr doesn't decay before",
             stacklevel=3,
         )
 
@@ -180,9 +231,7 @@ class TargetSparsity(BaseL1Scheduler):
         self._share, self._size = share, size
         near = passed_steps >= length / 2 and abs(share - self.target) <= _NEAR
         if self.freeze and near and not self._has_frozen:
-            self._has_frozen = True
-            for group in self._steered():
-                group["frozen_zeros"] = True
+            self._freeze()
             return
 
         ahead = self._log_odds(self.asked(self.last_epoch + _LOOK_AHEAD * length))
@@ -192,6 +241,29 @@ class TargetSparsity(BaseL1Scheduler):
         self._log_factor = min(max(self._log_factor, -_FARTHEST), _FARTHEST)
         factor = math.exp(self._log_factor)
         self._set_l1([factor * l1 for l1 in self.base_lrs])
+
+    def _freeze(self) -> None:
+        self._has_frozen = True
+        for group in self._steered():
+            group["frozen_zeros"] = True
+
+    def _steer_channels(self, channels: ChannelSteering) -> None:
+        """Counts, and sets group_lasso or freezes the zeros."""
+        found = channels.measure(self.target)
+        if found is None:
+            return
+        self._share = found.share
+        if self.freeze and not found.missing and not self._has_frozen:
+            self._freeze()
+            return
+        end = self.begin + math.ceil(_RAMP * (self.steps - self.begin))
+        left = max(end - self.last_epoch, self.every)
+        ahead = self._lrs[self.last_epoch : self.last_epoch + left]
+        lrs_left = sum(ahead) / ahead[0] if ahead and ahead[0] > 0 else float(left)
+        smoothing = _SMOOTHING * (self.steps - self.begin)
+        strength = channels.strength(found, lrs_left, self.every, smoothing)
+        if strength is not None:
+            self._set_l1([strength] * len(self._groups))
 
     def _count(self) -> tuple[int, int]:
         """Counts exact zeros and elements of the steered groups' parameters that can move."""
@@ -214,29 +286,30 @@ class TargetSparsity(BaseL1Scheduler):
     def state_dict(self) -> dict[str, Any]:
         """The controller's state; each l1 itself is in the optimizer's state."""
         values = {key: getattr(self, name) for key, name in _STATE.items()}
-        return {"groups": self._groups, **values, "_step_count": self._step_count}
+        state = {"groups": self._groups, **values, "_step_count": self._step_count}
+        if self._channels is not None:
+            state |= {"of": self.of, "group_lasso": self.get_last_l1()}
+            state["channels"] = self._channels.state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave. The arguments stay this object's.
 
         Raises:
-            ValueError: other groups were steered.
+            ValueError: other groups were steered, or to a share of something else.
         """
+        of = state_dict.get("of", "weights")
+        if of != self.of:
+            raise ValueError(f"TargetSparsity: the state is that of={of!r}, and of is {self.of!r}")
         self._check_groups(state_dict)
         values = {name: state_dict[key] for key, name in _STATE.items()}
         for name, value in values.items():
             setattr(self, name, value)
         # Version 0.1.0 didn't save it.
         self._step_count = state_dict.get("_step_count", self.last_epoch + 1)
-
-
-def _whole(value: Any, name: str) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"TargetSparsity: {name} is {value!r}: must be a whole number") from None
+        if self._channels is not None:
+            self._channels.load_state_dict(state_dict["channels"])
+            self._set_l1(state_dict["group_lasso"])
 
 
 # Keys of a checkpoint, which stay as version 0.1.0 has written them, and the attributes they are.

@@ -16,13 +16,14 @@ The modules, in the order of a run:
 - ``checkpoints`` and ``weights``: files of others, read without trust;
 - ``model``: the ResNet-50, and the Lightning module with ``ProxSGD``;
 - ``shapes``: a ResNet-50 without some of its channels, in checkpoints;
-- ``channel_choice`` and ``removal``: which channels go, and their removal while training;
+- ``channel_choice``, ``removal``, ``steered_removal`` and ``channel_methods``: which channels go,
+  and their removal while training, by importance or by a group lasso;
 - ``callbacks``: progress, history, checkpoints and stopping;
 - ``former``: files of versions that had two sets;
 - ``forecast``, ``ahead``: what an l1 will do, strengths for it, what runs will take;
 - ``checks``, ``describe``, ``train``, ``measure`` and ``results``: one run, what is refused before
   it, what is said of it, what comes out;
-- ``compare``, ``verdicts``, ``errors``: several runs and what may be concluded from them;
+- ``arms``, ``compare``, ``verdicts``, ``errors``: several runs and what may be concluded from them;
 - ``tune`` and ``trials``: each regulariser's strength, by the validation images;
 - ``evaluate``, ``intervals``, ``provenance``: what a checkpoint does, within which limits, and
   whether the images trained or chose it;

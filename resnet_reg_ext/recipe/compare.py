@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from . import plots
 from .ahead import cost
+from .arms import GROUP_LASSO, Strengths, arms, strength_options
 from .checks import check_seeds, settled
 from .files import RecipeError, Stopped, is_unused, locked, prepare_folder, write_text
 from .processes import is_rank_zero
@@ -20,8 +20,6 @@ from .train import FULL_CHECKPOINT, WEIGHTS, check, finish, train
 from .verdicts import Results, conditions, difference, held_out_of, report, verdicts
 
 EARLY = "none, stopped early"
-Strengths = Mapping[str, tuple[float, float]]
-"""l1 and weight decay by the name of an arm."""
 
 
 @dataclass(frozen=True)
@@ -35,49 +33,17 @@ class Planned:
     """A checkpoint to take the weights from."""
 
 
-TOWARD_START = ("L2-SP", "L1-SP")
+def check_group_lasso(run: Run, share: float | None) -> None:
+    """Refuses an arm "group lasso" that can't be trained.
 
-
-def pulls_to_start(run: Run) -> bool:
-    """Whether there are arms whose weights are pulled towards the initial ones."""
-    return run.weights != "none" and run.channels is None and run.target_sparsity is None
-
-
-def arms(run: Run, strengths: Strengths | None = None) -> dict[str, Run]:
-    """The runs that are compared, by name; a regulariser that is to join them joins them here.
-
-    Where the initial weights are given, "L2-SP" and "L1-SP" are L2 and L1 of what was changed of
-    them.
-
-    Args:
-        run: what they share, and the ``l1`` and ``weight_decay`` of those that have one of them.
-        strengths: of arms that have others than those of ``run``.
+    Raises:
+        RecipeError: names the option that stands against it, or the package that is missing.
     """
-    own = {
-        "none": (0.0, 0.0),
-        "L2": (0.0, run.weight_decay),
-        "L1": (run.l1, 0.0),
-        "elastic net": (run.l1, run.weight_decay),
-    }
-    if pulls_to_start(run):
-        own |= {"L2-SP": (0.0, run.weight_decay), "L1-SP": (run.l1, 0.0)}
-    own |= strengths or {}
-    return {name: replace(run, **strength_of(name, *values)) for name, values in own.items()}
-
-
-def strength_of(arm: str, l1: float, weight_decay: float) -> dict[str, Any]:
-    """The settings in which an arm differs from the others."""
-    toward = "start" if arm in TOWARD_START else "zero"
-    return {"l1": l1, "weight_decay": weight_decay, "toward": toward}
-
-
-def strength_options(strengths: Strengths) -> dict[str, Any]:
-    """The strengths of arms as options of ``compare``."""
-    options: dict[str, Any] = {}
-    for name, (l1, weight_decay) in strengths.items():
-        option = name.lower().replace(" ", "_").replace("-", "_")
-        options[option] = {"L2-SP": weight_decay, "L1-SP": l1}.get(name, [l1, weight_decay])
-    return options
+    if share is None:
+        return
+    if run.channels is not None:
+        raise RecipeError("--group-lasso can't be combined with --channels, which is for all arms")
+    check(arms(run, group_lasso=share)[GROUP_LASSO])
 
 
 def compare(
@@ -86,6 +52,7 @@ def compare(
     out: Path,
     resume: bool = False,
     strengths: Strengths | None = None,
+    group_lasso: float | None = None,
 ) -> list[Path]:
     """Trains under none, L2, L1, elastic net; prints the verdict; returns the files written.
 
@@ -100,6 +67,7 @@ def compare(
         out: the output folder.
         resume: leave out what is finished there, go on with what isn't.
         strengths: of arms that have others than those of ``run``.
+        group_lasso: the share of channels that an arm "group lasso" takes out; None for no such.
 
     Raises:
         RecipeError: something that the user can put right.
@@ -109,13 +77,14 @@ def compare(
         raise RecipeError("compare needs --l1 and --weight-decay above 0")
     check_seeds(run, seeds)
     run = settled(run)
+    check_group_lasso(run, group_lasso)
     plan = [
         Planned(name, replace(arm, seed=seed), out / f"seed{seed}" / name.replace(" ", "-"))
         for seed in range(run.seed, run.seed + seeds)
-        for name, arm in arms(run, strengths).items()
+        for name, arm in arms(run, strengths, group_lasso).items()
     ]
     options = {**asdict(run), "seeds": seeds}
-    options |= strength_options(strengths or {})
+    options |= {"group_lasso": group_lasso, **strength_options(strengths or {})}
     with begun(plan, out, OPTIONS_FILES["compare"], options, resume):
         results = train_all(plan, out, resume)
         return _write_comparison(results, seeds, out) if is_rank_zero() else []
@@ -134,7 +103,7 @@ def reported(trained: Results) -> dict[str, Sequence[Result]]:
 
 def _write_comparison(trained: Results, seeds: int, out: Path) -> list[Path]:
     results = reported(trained)
-    text = report(results, [*verdicts(results), *_against_early(results)])
+    text = report(results, [*verdicts(results), *_against_early(results), *_channels(trained)])
     print(f"\n{text}")
     subtitle = conditions(results)
     written = [
@@ -161,6 +130,14 @@ def _against_early(results: Results) -> list[str]:
         for name, runs in results.items()
         if name not in ("none", EARLY)
     ]
+
+
+def _channels(trained: Results) -> list[str]:
+    """What the group lasso has taken out, as its zeros are those of the weights left."""
+    if GROUP_LASSO not in trained:
+        return []
+    share = trained[GROUP_LASSO][0].run.channels
+    return [f"{GROUP_LASSO}: {share:.0%} of the channels were to go; zeros are of what is left."]
 
 
 def path(

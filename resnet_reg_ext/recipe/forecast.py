@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import param_groups
-from .model import Classifier, lr_schedule, regularised
+from .model import Classifier, rates, regularised
 from .settings import Run
 
 FINE_TUNING_SHARE = 1 / 3  # of the initial weights, within the default l1's reach
@@ -44,14 +44,7 @@ def count_steps(run: Run, images: int) -> int:
 
 def travel(run: Run, steps: int) -> float:
     """k·Σlr: how far a weight moves under a constant gradient of 1."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = lr_schedule(optimizer, run, steps)
-    total = 0.0
-    for _ in range(steps):
-        total += optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        schedule.step()
-    return total * run.lr / (1 - run.momentum)
+    return sum(rates(run, steps)) * run.lr / (1 - run.momentum)
 
 
 def forecast(classifier: Classifier, steps: int) -> Forecast:
@@ -137,16 +130,19 @@ def advice(run: Run) -> str:
     """What may help a run that learns nothing."""
     if run.steered_to is not None:
         return "give a lower --target-sparsity, or more --epochs"
+    if run.channels is not None and run.method == "prox":
+        return "give a lower --channels, or more --epochs"
     if run.l1:
         return "give a smaller --l1, or more --epochs"
     return "give another --lr, or more --epochs"
 
 
 class Watch(Callback):
-    """Warns of a layer that L1 has wiped out, and of a run that stays at chance."""
+    """Warns of a layer that a penalty has wiped out, and of a run that stays at chance."""
 
     def __init__(self) -> None:
         self.wiped: set[str] = set()
+        self.seen: set[str] = set()
         self.warned = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -155,7 +151,10 @@ class Watch(Callback):
             return
         assert isinstance(pl_module, Classifier)
         run, epoch = pl_module.run, trainer.current_epoch + 1
-        empty = wiped_layers({la.name: la.fraction for la in regularised(pl_module).layers})
+        zeros = {la.name: la.fraction for la in regularised(pl_module).layers}
+        # A block whose channels are all taken out is its shortcut from then on.
+        empty = [*wiped_layers(zeros), *sorted(self.seen - set(zeros))]
+        self.seen |= set(zeros)
         if new := [name for name in empty if name not in self.wiped]:
             self.wiped.update(new)
             tqdm.write(

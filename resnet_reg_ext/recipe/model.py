@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torchvision.models import resnet50
 from torchvision.transforms import v2
 
 from .. import ProxSGD, Sparsity, TargetSparsity, param_groups, sparsity
+from ..structure import Channels
 from .checkpoints import Checkpoint, load_checkpoint
 from .files import RecipeError
 from .settings import STAGES, Run
@@ -26,6 +27,23 @@ from .splits import Source
 
 _PRIME = 1_000_003
 MEASURED = ("train", "validation")  # after an epoch; what a figure's name begins with
+
+
+@dataclass(frozen=True)
+class ChannelTarget:
+    """A group lasso that is to take a share of the channels to zero.
+
+    Attributes:
+        sets: the model's channels.
+        share: of all of them.
+        first: the epoch, counted from 0, that it begins with.
+        last: the epoch before which the share is to be reached.
+    """
+
+    sets: Channels
+    share: float
+    first: int
+    last: int
 
 
 class Classifier(pl.LightningModule):
@@ -60,6 +78,8 @@ class Classifier(pl.LightningModule):
         self.frozen = freeze(self.model, run.freeze)
         self.is_shrinking = False
         """Whether channels are still to be taken out: the weights aren't those asked for yet."""
+        self.channel_target: ChannelTarget | None = None
+        """Set where channels go by a group lasso."""
         # Two sets are measured after an epoch: the training images and the validation images.
         count = len(classes)
         self.scores = nn.ModuleList(
@@ -76,12 +96,15 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """``ProxSGD``; norms and biases are in a group of their own that is not regularised."""
+        channels = self.channel_target
         groups = param_groups(
             self.model,
             l1=self.run.l1,
             weight_decay=self.run.weight_decay,
             toward=self.run.toward,
             new="fc.*" if self.run.toward == "start" else (),
+            group_lasso=0.0 if channels is None else 1.0,  # where it begins doesn't matter
+            sets=None if channels is None else channels.sets,
         )
         target = self.run.steered_to
         optimizer = ProxSGD(
@@ -93,6 +116,20 @@ class Classifier(pl.LightningModule):
         schedules = [lr_schedule(optimizer, self.run, steps)]
         if target is not None:
             schedules.append(TargetSparsity(optimizer, target, steps=max(1, steps * 4 // 5)))
+        if channels is not None:
+            begin, end = (
+                epoch * steps // self.run.epochs for epoch in (channels.first, channels.last)
+            )
+            schedules.append(
+                TargetSparsity(
+                    optimizer,
+                    channels.share,
+                    begin=begin,
+                    steps=end,
+                    of="channels",
+                    lrs=rates(self.run, steps),
+                )
+            )
         # LearningRateMonitor logs the optimizer's lr under the name of each schedule, also of one
         # that moves l1: both have one name here.
         return [optimizer], [{"scheduler": s, "interval": "step", "name": "lr"} for s in schedules]
@@ -120,7 +157,7 @@ class Classifier(pl.LightningModule):
         accuracy = (logits.argmax(1) == labels).float().mean()
         self.log("loss", loss, on_step=True)
         self.log("accuracy", accuracy, on_step=True)
-        for name in ("lr", "l1"):
+        for name in ("lr", "l1") if self.channel_target is None else ("lr", "l1", "group_lasso"):
             self.log(name, float(self.trainer.optimizers[0].param_groups[0][name]), on_step=True)
         return loss
 
@@ -176,6 +213,18 @@ def lr_schedule(optimizer: torch.optim.Optimizer, run: Run, steps: int) -> LRSch
         return cosine
     linear = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
     return SequentialLR(optimizer, [linear, cosine], [warmup])
+
+
+def rates(run: Run, steps: int) -> list[float]:
+    """The lr of each step, over ``--lr``."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = lr_schedule(optimizer, run, steps)
+    found = []
+    for _ in range(steps):
+        found.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        schedule.step()
+    return found
 
 
 def freeze(model: nn.Module, stage: str) -> list[nn.Module]:

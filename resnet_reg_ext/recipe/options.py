@@ -58,7 +58,8 @@ _HELP = {
         "l1 is steered from --l1 on, and the zeros are then frozen",
         "channels": "share of the channels to take out while training, within 40 %% of the epochs, "
         "so that the model gets smaller and epochs cheaper; needs the extra 'compact'",
-        "method": "how channels are chosen: by the Taylor expansion of the loss",
+        "method": "how channels are chosen: the least important by the Taylor expansion of the "
+        "loss, in stages; or those that a group lasso takes to zero, steered to the share (prox)",
         "weight_decay": "coefficient of half the squared L2 norm",
         "toward": "what l1 and weight decay pull the weights towards: zero, or their initial "
         "values (start), those of a new class head excepted",

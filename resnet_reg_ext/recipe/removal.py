@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from ..structure import Compacted
 from ..structure.channel_sets import without
 from ..structure.compaction_report import count_parameters
 from .channel_choice import (
@@ -89,14 +90,14 @@ def check_removal(run: Run) -> None:
 
 
 class ChannelRemoval(Callback):
-    """Takes a share of the channels out in stages, each at the start of an epoch.
+    """Takes a share of the channels out in stages, each at the start of an epoch (--method taylor).
 
     What is left of the model and its optimizer's state goes on as it is. Stages that a checkpoint
     has behind it aren't done again.
 
     Args:
         classifier: the model to begin with, or that of the checkpoint that is resumed from.
-        run: has ``channels``, the share, and ``method``.
+        run: has ``channels``, the share.
         split: the training images.
 
     Raises:
@@ -110,6 +111,8 @@ class ChannelRemoval(Callback):
         self.sets = find_channels(classifier)
         self.sizes = {one.name: one.size for one in self.sets}
         self.done = 0
+        self.until = self.stages[-1]
+        """The last epoch after which statistics lag."""
 
     def check(self) -> None:
         """Refuses a share that the sets' smallest sizes don't allow.
@@ -173,7 +176,7 @@ class ChannelRemoval(Callback):
         training loss is low.
         """
         assert isinstance(pl_module, Classifier)
-        if self.stages[0] <= trainer.current_epoch <= self.stages[-1]:
+        if self.stages[0] <= trainer.current_epoch <= self.until:
             refresh_statistics(pl_module, self.split, self.run)
 
     def _shrink(self, classifier: Classifier, optimizer: Optimizer, epoch: int, due: int) -> None:
@@ -184,37 +187,17 @@ class ChannelRemoval(Callback):
         scores = scores_of(classifier, batches, self.sets)
         left = total - round(share * total)
         taken = take_out(classifier, self.sets, scores, left, self.sizes, optimizer=optimizer)
+        self.go_on(classifier, taken, f"epoch {epoch + 1} begins")
+
+    def go_on(self, classifier: Classifier, taken: Compacted, when: str) -> None:
+        """Takes the smaller model, and says how small it is."""
         classifier.model = taken.model
         to_channels_last(classifier.model)
         self.sets = without(self.sets, taken.report.removed)
+        if taken.report.shortcuts:
+            self.sets = find_channels(classifier)
         with suppress(OSError):
             tqdm.write(
-                f"  epoch {epoch + 1} begins with {self.sets.total} of {total} channels, "
+                f"  {when} with {self.sets.total} of {sum(self.sizes.values())} channels, "
                 f"{shortened(count_parameters(classifier.model))} parameters"
             )
-
-
-# By --method. Another one is a Callback with the same arguments and the same methods.
-_METHODS = {"taylor": ChannelRemoval}
-
-
-def removal_of(
-    run: Run, classifier: Classifier, split: Split, *, resumed: bool = False
-) -> list[ChannelRemoval]:
-    """The callback that takes channels out of a run's model; none where none are to go.
-
-    Args:
-        run: the settings.
-        classifier: with the weights to begin with, or with a checkpoint's shapes.
-        split: the training images.
-        resumed: whether the checkpoint's channels may be gone in part.
-
-    Raises:
-        RecipeError: so many channels can't be taken out, or a package is missing.
-    """
-    if run.channels is None:
-        return []
-    removal = _METHODS[run.method](classifier, run, split)
-    if not resumed:
-        removal.check()
-    return [removal]

@@ -27,7 +27,8 @@ SPLITS = ("train", "val", "test")
 STAGES = ("none", "conv1", "layer1", "layer2", "layer3", "layer4")
 AUGMENTATIONS = ("none", "shift", "flip", "standard", "trivial")
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
-METHODS = ("taylor",)  # of --channels
+METHODS = ("taylor", "prox")  # of --channels
+LARGEST_SHARE = 0.85  # of channels to take out
 LARGEST_SEED = 2**32 - 1  # NumPy's, which draws the splits
 PUBLISHED = ("none", "imagenet")  # values of --weights that name no file
 
@@ -191,7 +192,7 @@ RULES: dict[str, Number | Choice | Text] = {
     "freeze": Choice(STAGES),
     "l1": _RATE,
     "target_sparsity": Number(float, 0.01, 1, below=True),
-    "channels": Number(float, 0, 0.85, above=True),
+    "channels": Number(float, 0, LARGEST_SHARE, above=True),
     "method": Choice(METHODS),
     "weight_decay": _RATE,
     "toward": Choice(("zero", "start")),

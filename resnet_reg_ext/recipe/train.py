@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import tensorboard
 from .callbacks import Checkpoints, History, Patience, Progress, StopOnSignal, WholeFiles
+from .channel_methods import removal_of
 from .checkpoints import Checkpoint, keep_weights_alone, load_checkpoint
 from .checks import check_images, check_resumable, settled
 from .data import load_images
@@ -29,7 +30,6 @@ from .measure import measured
 from .model import Classifier, shape_as
 from .predictions import save_predictions
 from .processes import is_rank_zero, trainer_processes
-from .removal import removal_of
 from .results import Result, made_with
 from .settings import OPTIONS_FILES, Run, save_options
 from .splits import Images

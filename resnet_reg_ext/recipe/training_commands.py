@@ -20,7 +20,16 @@ from .command_line import (
 from .files import RecipeError
 from .libraries import import_libraries
 from .options import Parser, add_run_options, run_from
-from .settings import DIGITS, OPTIONS_FILES, PUBLISHED, Number, Run, expanded, option_name
+from .settings import (
+    DIGITS,
+    LARGEST_SHARE,
+    OPTIONS_FILES,
+    PUBLISHED,
+    Number,
+    Run,
+    expanded,
+    option_name,
+)
 
 if TYPE_CHECKING:
     from .results import Result
@@ -154,6 +163,13 @@ def _compare(arguments: list[str]) -> None:
             f"where --weights gives any (default: --{kind.replace(' ', '-')})",
         )
     parser.add_argument(
+        "--group-lasso",
+        type=Number(float, 0, LARGEST_SHARE, above=True),
+        metavar="SHARE",
+        help="adds the arm 'group lasso': no l1 or weight decay, and this share of the channels "
+        "taken out as by --channels SHARE --method prox",
+    )
+    parser.add_argument(
         "--tune",
         action="store_true",
         help="find each arm's own best strength on the validation images first, as `tune` does",
@@ -164,13 +180,22 @@ def _compare(arguments: list[str]) -> None:
     _check_search(parser, args)
     _check_toward(args)
     import_libraries()
-    from .compare import TOWARD_START, compare, pulls_to_start
+    from .arms import TOWARD_START, pulls_to_start
+    from .compare import compare
     from .tune import tuned_comparison
 
     run, resume = run_from(args, COMPARED), args.resume is not None
     if args.tune:
         budget = _budget(args)
-        written = tuned_comparison(run, args.seeds, budget, args.out, rule=args.rule, resume=resume)
+        written = tuned_comparison(
+            run,
+            args.seeds,
+            budget,
+            args.out,
+            rule=args.rule,
+            resume=resume,
+            group_lasso=args.group_lasso,
+        )
         list_with_report(sorted((args.out / "tune").glob("tune*")), args.out / "tune")
         list_with_report(written, args.out)
         return
@@ -183,7 +208,8 @@ def _compare(arguments: list[str]) -> None:
                 f"--{name.lower()} needs --weights, and neither --channels nor --target-sparsity"
             )
     run = _by_weights(args, run, "l1", "weight_decay")
-    list_with_report(compare(run, args.seeds, args.out, resume, strengths), args.out)
+    written = compare(run, args.seeds, args.out, resume, strengths, args.group_lasso)
+    list_with_report(written, args.out)
 
 
 def _check_search(parser: Parser, args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .compare import strength_options
+from .arms import strength_options
 from .settings import Run
 
 

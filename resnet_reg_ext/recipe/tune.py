@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from .arms import TOWARD_START, pulls_to_start, strength_of
 from .checks import settled
 from .compare import (
-    TOWARD_START,
     Planned,
     begun,
+    check_group_lasso,
     compare,
     is_finished,
-    pulls_to_start,
-    strength_of,
     trained,
 )
 from .files import RecipeError, Stopped, is_unused, prepare_folder, write_text
@@ -263,7 +262,14 @@ def _write(
 
 
 def tuned_comparison(
-    run: Run, seeds: int, budget: Budget, out: Path, *, rule: str = "1se", resume: bool
+    run: Run,
+    seeds: int,
+    budget: Budget,
+    out: Path,
+    *,
+    rule: str = "1se",
+    resume: bool,
+    group_lasso: float | None = None,
 ) -> list[Path]:
     """A comparison in which each arm has its own best strength, found in ``out/tune`` before.
 
@@ -276,7 +282,9 @@ def tuned_comparison(
     # Written once the first run is known to be right, and before the first one can be stopped.
     settings = {k: v for k, v in asdict(settled(run)).items() if k not in ("l1", "weight_decay")}
     settings |= {"seeds": seeds, "tune": True, "rule": rule, **asdict(budget)}
+    settings["group_lasso"] = group_lasso
     check(run)
+    check_group_lasso(run, group_lasso)
     if is_rank_zero():
         prepare_folder(out, 0)
         save_options(settings, out / OPTIONS_FILES["compare"])
@@ -287,4 +295,4 @@ def tuned_comparison(
         raise Stopped(stopped.number, out) from None
     tuned = replace(run, l1=found["L1"][0], weight_decay=found["L2"][1])
     others = {name: values for name, values in found.items() if name not in ("L1", "L2")}
-    return compare(tuned, seeds, out, resume=True, strengths=others)
+    return compare(tuned, seeds, out, resume=True, strengths=others, group_lasso=group_lasso)

@@ -91,7 +91,7 @@ def compact(
         >>> before, after = result.report.channels
     """
     check_model(model, "compact")
-    found = _checked_sets(model, example_inputs, sets, "compact")
+    found = checked_sets(model, example_inputs, sets, "compact")
     multiple_of = checked_multiple(multiple_of, "compact")
     tensors = tensors_of(model)
     masters = _master_weights(model, optimizer)
@@ -195,7 +195,7 @@ def zero_dead_columns(model: nn.Module, sets: Channels, optimizer: Optimizer | N
         >>> zero_dead_columns(model, sets, optimizer)
         0
     """
-    _checked_sets(model, None, sets, "zero_dead_columns")
+    checked_sets(model, None, sets, "zero_dead_columns")
     tensors = tensors_of(model)
     masters = _master_weights(model, optimizer)
     state: dict[Tensor, Any] = {} if optimizer is None else optimizer.state
@@ -218,7 +218,7 @@ def zero_dead_columns(model: nn.Module, sets: Channels, optimizer: Optimizer | N
     return count
 
 
-def _checked_sets(
+def checked_sets(
     model: nn.Module, example_inputs: Any, sets: Channels | None, who: str
 ) -> Channels:
     """The sets that are given, if they can be this model's; else those that are found."""

@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .channel_sets import ChannelSet
-from .channels import channels
+from ..row_groups import default_weight
+from .channel_sets import Channels, ChannelSet
+from .compact import checked_sets
 
 
 def coupled_rows(
-    model: nn.Module, example_inputs: Any, excluded: Set[str]
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Which parameters' rows are coupled, by name: the set's number, and the weight of a row.
+    model: nn.Module,
+    example_inputs: Any,
+    excluded: Set[str] = frozenset(),
+    *,
+    sets: Channels | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+    min_keep: float = 0.0,
+) -> tuple[dict[str, int], dict[str, float | Tensor]]:
+    """Which parameters' rows are coupled, by name: the set's number, and the weights of its rows.
 
-    The weight is the square root of the number of elements of a channel.
+    A weight is the square root of the number of elements of a channel; with ``importance`` or
+    ``min_keep``, see :func:`row_weights`.
 
     Args:
         model: any module.
-        example_inputs: what one forward pass takes.
+        example_inputs: what one forward pass takes; not used where ``sets`` are given.
         excluded: names of parameters whose sets are left out.
+        sets: what ``channels`` returned for this model.
+        importance: scores of the channels by the set's name.
+        min_keep: the fraction of each set's channels that gets the weight 0.
 
     Raises:
-        ValueError: there are no example inputs, or no channels.
+        ValueError: there are no example inputs, or no channels; or as :func:`row_weights` has it.
 
     Warns:
         UserWarning: a set is left out, as its channels aren't single rows.
     """
-    if example_inputs is None:
+    if example_inputs is None and sets is None:
         raise ValueError(
             "param_groups: example_inputs is None: must be what one forward pass takes, to find "
             "the channels that group_lasso is about"
@@ -41,11 +53,9 @@ def coupled_rows(
     named = {
         name: (first_names[id(p)], p) for name, p in model.named_parameters(remove_duplicate=False)
     }
-    found = channels(model, example_inputs)
-    rows: dict[str, int] = {}
-    weights: dict[str, float] = {}
+    found = checked_sets(model, example_inputs, sets, "param_groups")
+    coupled: dict[str, Mapping[str, Tensor]] = {}
     odd = []
-    number = 0
     for one in found:
         producers = dict(named[producer.tensor] for producer in one.producers)
         if excluded & {producer.tensor for producer in one.producers}:
@@ -53,23 +63,112 @@ def coupled_rows(
         if not _in_single_rows(one, {name: p.shape[0] for name, p in producers.items()}):
             odd.append(one.name)
             continue
-        size = sum(p.numel() // one.size for p in producers.values())
-        rows |= dict.fromkeys(producers, number)
-        number += 1
-        weights |= dict.fromkeys(producers, math.sqrt(size))
+        coupled[one.name] = producers
     if odd:
         warnings.warn(
             f"param_groups: group_lasso leaves out the channels of {', '.join(odd)}: a channel "
             "there isn't one row of each parameter",
             stacklevel=3,
         )
-    if not rows:
+    if not coupled:
         reasons = "; ".join(str(one) for one in found.excluded)
         raise ValueError(
             "param_groups: group_lasso: the model has no channels whose rows can be penalised"
             + (f" ({reasons})" if reasons else "")
         )
-    return rows, weights
+    weights = row_weights(coupled, importance, min_keep)
+    return (
+        {name: number for number, of_set in enumerate(coupled.values()) for name in of_set},
+        {name: weights[one] for one, of_set in coupled.items() for name in of_set},
+    )
+
+
+@torch.no_grad()
+def row_weights(
+    coupled: Mapping[str, Mapping[str, Tensor]],
+    importance: Mapping[str, Tensor] | None,
+    min_keep: float,
+) -> dict[str, float | Tensor]:
+    r"""The weights a_g of each set's rows.
+
+    With scores s_g, and n_g elements of a channel,
+
+    .. math:: a_g = c \, \lVert w_g \rVert / s_g, \qquad
+              \sum_g a_g \lVert w_g \rVert = \sum_g \sqrt{n_g} \lVert w_g \rVert
+
+    so that ‖w_g‖/a_g, by which a strength chooses the channels that go, is in proportion to s_g as
+    long as the norms are those of now, and the penalty is as large as that of the weights √n_g.
+    Scores below a thousandth of their median count as that.
+
+    Source: the adaptive lasso; Zou, *The adaptive lasso and its oracle properties*, 2006; Wang and
+    Leng, *A note on adaptive group lasso*, 2008.
+
+    Args:
+        coupled: by the set's name its parameters by name, all with as many rows.
+        importance: s_g, (rows,) by the set's name; None: a_g = √n_g.
+        min_keep: the fraction of each set's rows, rounded up, whose a_g is 0: those of the highest
+            scores, or without scores of the largest norms.
+
+    Returns:
+        By the set's name a number, or (rows,) in float64 on the CPU.
+
+    Raises:
+        ValueError: ``min_keep`` is out of its range, or scores are missing, of another shape,
+            negative, not finite, or all zero.
+    """
+    if isinstance(min_keep, (bool, str)) or not 0 <= min_keep < 1:
+        raise ValueError(f"param_groups: min_keep is {min_keep!r}: must be a share in [0, 1)")
+    plain = {one: default_weight(list(of_set.values())) for one, of_set in coupled.items()}
+    if importance is None and min_keep == 0:
+        return dict(plain)
+    norms = {one: _norms(list(of_set.values())) for one, of_set in coupled.items()}
+    weights = {one: torch.full_like(norms[one], plain[one]) for one in coupled}
+    ranked = norms
+    if importance is not None:
+        ranked = {one: _checked_scores(one, importance, norms[one]) for one in coupled}
+        weights = _adaptive(norms, ranked, plain)
+    for one, of_set in weights.items():
+        keep = math.ceil(min_keep * len(of_set))
+        of_set[torch.argsort(ranked[one], descending=True, stable=True)[:keep]] = 0.0
+    return dict(weights)
+
+
+def _adaptive(
+    norms: Mapping[str, Tensor], scores: Mapping[str, Tensor], plain: Mapping[str, float]
+) -> dict[str, Tensor]:
+    every = torch.cat(list(scores.values()))
+    if not bool((every > 0).any()):
+        raise ValueError("param_groups: importance is 0 of all channels: must tell them apart")
+    least = 1e-3 * float(every[every > 0].median())
+    weights = {one: norms[one] / scores[one].clamp(min=least) for one in norms}
+    wanted = sum(float(plain[one] * of_set.sum()) for one, of_set in norms.items())
+    scale = wanted / sum(float((weights[one] * norms[one]).sum()) for one in norms)
+    # A channel that is zero gets the weight that holds it there.
+    return {
+        one: torch.where(norms[one] > 0, scale * of_set, plain[one])
+        for one, of_set in weights.items()
+    }
+
+
+def _norms(params: Sequence[Tensor]) -> Tensor:
+    """‖w_g‖ of each channel: (rows,), float64, on the CPU."""
+    rows = [p.detach().double().reshape(len(p), -1).square().sum(1).cpu() for p in params]
+    return torch.stack(rows).sum(0).sqrt()
+
+
+def _checked_scores(one: str, importance: Mapping[str, Tensor], norms: Tensor) -> Tensor:
+    scores = importance.get(one)
+    if not isinstance(scores, Tensor) or scores.shape != norms.shape:
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"param_groups: importance of set {one} is {shape}: must be a tensor of shape "
+            f"({len(norms)},)"
+        )
+    if not bool((torch.isfinite(scores) & (scores >= 0)).all()):
+        raise ValueError(
+            f"param_groups: importance of set {one} has values that are negative or not finite"
+        )
+    return scores.detach().double().cpu()
 
 
 def _in_single_rows(one: ChannelSet, first_dimensions: dict[str, int]) -> bool:

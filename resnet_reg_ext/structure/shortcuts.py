@@ -37,6 +37,10 @@ def shortcut_of(block: nn.Module) -> Shortcut | None:
     if known is None:
         return None
     shortcut = Shortcut(*known[2:])
+    activation: Any = shortcut.activation
+    if getattr(activation, "inplace", False):
+        # It is given the block's input now and no sum, and autograd may need that as it is.
+        activation.inplace = False
     shortcut.training = block.training
     return shortcut
 

@@ -30,7 +30,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.functional import cross_entropy
 
-from resnet_reg_ext import ProxSGD, sparsity
+from resnet_reg_ext import ProxSGD, TargetSparsity, sparsity
 
 SAVED_AT = 3
 
@@ -115,6 +115,23 @@ def coupled(fused):
     optimizer = ProxSGD(coupled_groups(model), **COUPLED, fused=fused)
     train(model, optimizer)
     return outcome(model, optimizer)
+
+
+def steered(model, train):
+    """An optimizer whose group lasso is steered to four tenths of the channels, and the state."""
+    optimizer = ProxSGD(coupled_groups(model), **COUPLED)
+    steering = TargetSparsity(optimizer, 0.4, steps=STEPS, of="channels")
+    for step in range(STEPS):
+        train(model, optimizer, [step])
+        steering.step()
+    return optimizer, steering.state_dict()
+
+
+def steered_outcome():
+    """The same with sharded rows, whose norms are gathered."""
+    model = sharded(torch.float32)
+    optimizer, state = steered(model, train)
+    return outcome(model, optimizer), state
 
 
 def uncoupled(mesh):
@@ -335,6 +352,7 @@ def main(folder: Path) -> None:
         "tensor parallel": tensor_parallel(mesh),
         "coupled": coupled(True),
         "coupled, pure": coupled(False),
+        "steered": steered_outcome(),
         "uncoupled": uncoupled(mesh),
         "clipped": clipped(),
         "scaled": scaled(None),

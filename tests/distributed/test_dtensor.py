@@ -117,6 +117,16 @@ def test_coupled_rows_give_the_bits_of_one_process(processes, name):
         assert_same_outcome(results[name], model, optimizer)
 
 
+def test_channels_are_steered_as_in_one_process(processes):
+    model = net()
+    optimizer, state = dtensor_worker.steered(model, train)
+    assert 0 < state["_share"] < 1
+    for results in processes:
+        found, found_state = results["steered"]
+        assert found_state == state
+        assert_same_outcome(found, model, optimizer)
+
+
 def test_coupled_rows_that_are_not_divided_alike_are_refused(processes):
     for results in processes:
         columns, unlike, plain = results["uncoupled"]

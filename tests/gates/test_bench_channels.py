@@ -72,6 +72,10 @@ def test_tables_and_plot(tmp_path) -> None:
     text = channels_report.block({"digits": RESULTS})
     assert "| 50 % | 0.850 ± 0.071 | 4.00 G | 23.00 M | 0.40 of dense |" in text
     assert "- 50 % off against dense: test accuracy: higher (+0.1 ± 0.05)." in text
+    runs = [{"asked": 0.5, "share": share, "test_accuracy": 0.9} for share in (0.5, 0.4987, 0.502)]
+    target = {**RESULTS, "runs": runs, "channels": 11456}
+    text = channels_report.block({"digits": RESULTS, "target": target})
+    assert "| 50 % | 50.00 %, 49.87 %, 50.20 % | 0.20 points | 0.900 ± 0.000 |" in text
     pytest.importorskip("matplotlib")
     drawn = channels_report._draw({"digits": RESULTS, "frontier": RESULTS}, tmp_path / "a.svg")
     assert "50 % off" in drawn.read_text()

@@ -13,7 +13,7 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 # From the ground up. A module imports from the layers below its own and, within its layer, nothing.
 LAYERS = [
-    {"atomic_write", "backends.openmp", "options", "scale_invariance"},
+    {"atomic_write", "backends.openmp", "options", "scale_invariance", "steering_arguments"},
     {"backends.bucket"},
     {"backends.checks", "backends.device_values"},
     {"backends.pure_start", "backends.row_sets", "backends.workspace"},
@@ -25,6 +25,7 @@ LAYERS = [
     {"compiled_step"},
     {"prox_sgd"},
     {"schedules", "structure"},
+    {"channel_steering"},
     {"param_groups", "patch", "target_sparsity"},
     {""},  # resnet_reg_ext itself: the public names
     {"recipe"},

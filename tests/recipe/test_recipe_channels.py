@@ -139,7 +139,7 @@ def test_channels_go_within_four_tenths_of_the_epochs():
         ({"devices": 2}, "can't be combined with --devices 2"),
         ({"epochs": 1}, "can't be combined with --epochs 1"),
         ({"channels": 0.9}, "--channels: must be above 0 and at most 0.85, got 0.9"),
-        ({"method": "luck"}, "--method: must be one of taylor, got 'luck'"),
+        ({"method": "luck"}, "--method: must be one of taylor, prox, got 'luck'"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_written(tmp_path, change, reason):

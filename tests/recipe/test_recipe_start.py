@@ -9,7 +9,7 @@ import yaml
 from test_recipe_runs import SHORT, Signal
 
 from resnet_reg_ext import apply_patch, cli
-from resnet_reg_ext.recipe.compare import arms, strength_options
+from resnet_reg_ext.recipe.arms import arms, strength_options
 from resnet_reg_ext.recipe.files import RecipeError, Stopped
 from resnet_reg_ext.recipe.model import Classifier
 from resnet_reg_ext.recipe.train import train
@@ -70,18 +70,23 @@ def test_arms_and_grids_have_both_where_there_are_weights(weights):
     assert strength_options(strengths) == {"elastic_net": [1.0, 2.0], "l2_sp": 3.0, "l1_sp": 4.0}
 
 
-def test_a_comparison_with_a_start_is_repeated_by_its_file(weights, tmp_path):
+def test_a_comparison_with_all_arms_is_repeated_by_its_file(weights, tmp_path):
+    pytest.importorskip("torch_pruning")
     options = [f"--{n}-size={v}" for n, v in (("train", 10), ("val", 10), ("test", 10))]
-    options += ["--image-size=8", "--batch-size=10", "--epochs=1", "--accelerator=cpu"]
-    options += [f"--weights={weights}", "--l1-sp=7e-4", "--group-by=none"]
+    options += ["--image-size=8", "--batch-size=10", "--epochs=2", "--accelerator=cpu"]
+    options += [f"--weights={weights}", "--l1-sp=7e-4", "--group-by=none", "--group-lasso=0.4"]
     assert cli.main(["compare", *options, f"--out={tmp_path / 'out'}"]) == 0
     runs = json.loads((tmp_path / "out" / "compare.json").read_text())["runs"]
     told = {name: (runs[name][0]["run"]["toward"], runs[name][0]["run"]["l1"]) for name in runs}
     assert told["L1-SP"] == ("start", 7e-4)
     assert told["L2-SP"] == ("start", 0.0)
     assert told["L1"][0] == "zero"
+    assert told["group lasso"] == ("zero", 0.0)
+    channels = {name: runs[name][0]["run"]["channels"] for name in runs}
+    assert channels == {**dict.fromkeys(runs), "group lasso": 0.4}
     content = yaml.safe_load((tmp_path / "out" / "compare.yaml").read_text())
-    assert (content["l1_sp"], content["toward"]) == (7e-4, "zero")
+    assert (content["l1_sp"], content["toward"], content["group_lasso"]) == (7e-4, "zero", 0.4)
+    assert "group lasso: 40% of the channels" in (tmp_path / "out" / "compare.md").read_text()
     assert cli.main(["compare", "--resume", str(tmp_path / "out")]) == 0
     assert "L1-SP" in (tmp_path / "out" / "report.html").read_text()
 

@@ -279,6 +279,16 @@ def test_a_block_whose_branch_is_dead_becomes_its_shortcut(name):
     assert group["params"] == list(result.model.parameters())
     assert group["param_names"] == [n for n, _ in result.model.named_parameters()]
     assert channels(result.model, torch.rand(1, 3, SIDE, SIDE)).total < sets.total
+    # It trains on: an activation in place must not change what other layers have kept.
+    for one in (killed, result.model):
+        one.zero_grad()
+        one(x).square().sum().backward()
+    stem = next(name for name, p in killed.named_parameters() if p.dim() > 1)
+    expected = killed.get_parameter(stem).grad
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(
+        result.model.get_parameter(stem).grad, expected, rtol=0, atol=1e-9 * scale
+    )
 
 
 def test_a_moving_average_loses_the_same_channels():
