@@ -151,10 +151,10 @@ int main() {
     }
     for (int set = 0; set < 32; ++set) {  // coupled rows: two parameters, one of them a norm's
       constexpr int64_t kRows = 37;
-      RowSet coupled{{}, stored.storage, kRows, nullptr};
-      std::vector<double> thresholds(kRows);
-      for (double& t : thresholds) t = static_cast<double>(random() % 100) / 50;
-      coupled.thresholds = thresholds.data();
+      RowSet coupled{{}, stored.storage, kRows, 10.0, 0.0, nullptr};
+      std::vector<double> weights(kRows);
+      for (double& weight : weights) weight = static_cast<double>(random() % 100) / 50;
+      coupled.weights = weights.data();
       std::vector<std::vector<unsigned char>> arrays;
       arrays.reserve(8);
       int64_t num_zeros = 0;

@@ -4,7 +4,7 @@
 
 #include <exception>
 
-#include "cuda/params.h"
+#include "cuda/row_table.h"
 
 extern "C" {
 long current = 0;       // the thread's context; 0: none
@@ -59,6 +59,9 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
 namespace prox_sgd::cuda {
 const void* kernel_address(Storage, bool, size_t table_bytes) {
   return table_bytes < 3 ? nullptr : reinterpret_cast<const void*>(table_bytes);
+}
+const void* row_kernel_address(Storage storage, size_t table_bytes) {
+  return kernel_address(storage, false, table_bytes + 1000);
 }
 }  // namespace prox_sgd::cuda
 
