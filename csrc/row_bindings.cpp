@@ -185,7 +185,7 @@ void bind_rows(py::module_& m) {
         "Options and DeviceValues. `sets`: as RowPlan's, a member being a row of addresses and the "
         "index of its options.");
   const cuda::RowLimits limits = cuda::row_limits();
-  m.attr("cuda_row_limits") = py::make_tuple(limits.members, limits.groups);
+  m.attr("cuda_row_limits") = py::make_tuple(limits.members, limits.options);
 }
 
 }  // namespace prox_sgd

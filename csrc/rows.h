@@ -43,10 +43,10 @@ struct RowOptions {
   DeviceValues values;
 };
 
-// How many parameters of how many groups a set may have that a CUDA kernel takes.
+// How many parameters with how many different options a set may have that a CUDA kernel takes.
 struct RowLimits {
   int64_t members;
-  int64_t groups;
+  int64_t options;
 };
 RowLimits row_limits();
 

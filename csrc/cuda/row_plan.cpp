@@ -37,6 +37,15 @@ int64_t rows_of_a_piece(const RowSet& set) {
   return rows > T::per_unit ? rows / T::per_unit * T::per_unit : rows;
 }
 
+bool equal(const RowOptions& a, const RowOptions& b) {
+  bool same = true;
+  Options::for_each_field(
+      [&](const char*, auto field) { same = same && a.options.*field == b.options.*field; });
+  DeviceValues::for_each_field(
+      [&](const char*, auto field) { same = same && a.values.*field == b.values.*field; });
+  return same;
+}
+
 // The table that is being filled.
 template <typename T>
 class Plan {
@@ -80,22 +89,29 @@ class Plan {
     entry.master_param = o.master_param;
     entry.num_zeros = o.num_zeros;
     entry.width = member.width;
-    const auto found = std::find(listed_.begin(), listed_.end(), member.options);
-    entry.group = found - listed_.begin();
-    if (found != listed_.end()) return;
-    header_.groups[listed_.size()] =
-        group_of<C>(options_[member.options].options, options_[member.options].values);
-    listed_.push_back(member.options);
+    entry.group = static_cast<int64_t>(place(member.options, listed_));
+    const RowOptions& options = options_[member.options];
+    header_.groups[entry.group] = group_of<C>(options.options, options.values);
+  }
+
+  // Where options are in a list of them, which they join where no equal ones are there.
+  size_t place(size_t index, std::vector<size_t>& listed) const {
+    const auto is_equal = [&](size_t other) {
+      return other == index || equal(options_[other], options_[index]);
+    };
+    const auto found = std::find_if(listed.begin(), listed.end(), is_equal);
+    const auto at = static_cast<size_t>(found - listed.begin());
+    if (found == listed.end()) listed.push_back(index);
+    return at;
   }
 
   bool has_room(const RowSet& set, int64_t pieces) const {
     std::vector<size_t> listed = listed_;
     for (const RowMember& member : set.members) {
-      if (std::find(listed.begin(), listed.end(), member.options) == listed.end()) {
-        listed.push_back(member.options);
-      }
+      place(member.options, listed);
+      if (listed.size() > kMostGroups) return false;
     }
-    return static_cast<int64_t>(sets_.size()) < capacity_ && listed.size() <= kMostGroups &&
+    return static_cast<int64_t>(sets_.size()) < capacity_ &&
            sets_.size() + 1 + members_.size() + set.members.size() <= kRowSlots<C> &&
            pieces <= std::numeric_limits<int32_t>::max() - pieces_;
   }
@@ -134,7 +150,7 @@ class Plan {
   Header<C> header_;
   std::vector<SetEntry> sets_;
   std::vector<MemberEntry> members_;
-  std::vector<size_t> listed_;  // indices of the options that the table's groups have
+  std::vector<size_t> listed_;  // indices of the options of the table's groups, which are unlike
   int64_t pieces_ = 0;
   std::vector<Launch> launches_;
 };

@@ -176,15 +176,9 @@ def _misfits(
                 unfit.setdefault((p, i), "its rows aren't contiguous in memory")
     for one in sets:
         p, i = one.members[0]
-        if readings[p] is not None and parts[p].bucket.params[i].is_cuda:
-            members, buckets = len(one.members), len({p for p, _ in one.members})
-            most_members, most_buckets = native.cuda_row_limits()
-            if members > most_members or buckets > most_buckets:
-                unfit.setdefault(
-                    (p, i),
-                    f"its rows are coupled with those of {members - 1} others in {buckets} groups, "
-                    f"and the CUDA kernel takes {most_members} parameters in {most_buckets} groups",
-                )
+        on_cuda = readings[p] is not None and parts[p].bucket.params[i].is_cuda
+        if on_cuda and (why := native.beyond_cuda_rows(one, parts)):
+            unfit.setdefault((p, i), why)
     return unfit, to_lay_out
 
 

@@ -214,10 +214,18 @@ def prepare_rows(readings: Sequence[Any], parts: Sequence[Part], sets: Sequence[
     return run
 
 
-def cuda_row_limits() -> tuple[int, int]:
-    """How many parameters, of how many buckets, a set may have that the CUDA kernel takes."""
-    members, buckets = _C.cuda_row_limits
-    return members, buckets
+def beyond_cuda_rows(one: RowSet, parts: Sequence[Part]) -> str:
+    """Why the CUDA kernel can't take a set, whatever its tensors are; empty where it can."""
+    most, most_options = _C.cuda_row_limits
+    count = len(one.members)
+    buckets = {p: parts[p] for p, _ in one.members}.values()
+    options = {(b.options, b.bucket.first_step, *map(id, b.values)) for b in buckets}
+    if count <= most and len(options) <= most_options:
+        return ""
+    return (
+        f"its rows are coupled with those of {count - 1} others, with {len(options)} sets of "
+        f"options, and the CUDA kernel takes {most} parameters with {most_options} sets of options"
+    )
 
 
 _warned: set[str] = set()

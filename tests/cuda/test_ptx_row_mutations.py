@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant("pieces of the last set only", PLAN, "pieces_ += pieces;", "pieces_ = pieces;"),
     Mutant("a full table dropped", PLAN, "if (!has_room(set, pieces)) flush();",
            "if (!has_room(set, pieces)) reset();"),
-    Mutant("the first group's options for all", PLAN, "entry.group = found - listed_.begin();",
-           "entry.group = 0;"),
+    Mutant("one group's options for all", PLAN, "place(member.options, listed_));",
+           "0 * member.width);"),
     Mutant("more rows than a block has sums for", PLAN, "&& sums <= kMostSums", "&& sums >= 0",
            "any"),
 ]  # fmt: skip

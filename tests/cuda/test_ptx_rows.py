@@ -143,7 +143,7 @@ def test_groups_of_one_weight():
 # ---- the plan ------------------------------------------------------------------------------------
 
 
-def planned(sets, storage="float32", options=1, capacity=0):
+def planned(sets, storage="float32", options=(0.1,), capacity=0):
     """The launches for sets of (rows, widths, index of options), at made-up addresses."""
     described, address = [], 2**34
     for rows, widths, index in sets:
@@ -153,8 +153,9 @@ def planned(sets, storage="float32", options=1, capacity=0):
             members.append((row, index))
             address += 2**34
         described.append((members, rows, 0.1, 1.0, 0))
-    chosen = harness.named_options({"lr": 0.1, "momentum": 0.9}, False)
-    of_groups = [(chosen, {})] * options
+    of_groups = [
+        (harness.named_options({"lr": 0.1, "momentum": 0.9, "l1": l1}, False), {}) for l1 in options
+    ]
     return rows_harness.installed_plan(storage, of_groups, described, capacity)
 
 
@@ -167,7 +168,9 @@ def test_resnet50s_sets_are_one_launch(storage):
 def test_more_sets_groups_and_members_than_a_table_holds():
     assert len(planned([(4, [3], 0)] * 5, capacity=2)) == 3
     assert len(planned([(4, [3, 1], 0)] * 400)) == 2
-    assert len(planned([(4, [3], i) for i in range(17)], options=17)) == 3
+    each = [(4, [3], i) for i in range(17)]
+    assert len(planned(each, options=[0.1 * i for i in range(17)])) == 3
+    assert len(planned(each, options=[0.1 * (i % 8) for i in range(17)])) == 1
     most, groups = _C.cuda_row_limits
     assert groups == 8
     (launch,) = planned([(2, [1] * most, 0)], "float64")
