@@ -46,12 +46,6 @@ MUTANTS = [
     ),
     Mutant("segments of 256", TABLE, "kSegment = 512", "kSegment = 256"),
     Mutant(
-        "squares rounded to float32",
-        SPANS,
-        "fma_(wide, wide, sum)",
-        "add_(sum, double(mul_(x, x)))",
-    ),
-    Mutant(
         "squares of float64 not rounded",
         SPANS,
         "add_(sum, mul_(x, x))",
@@ -84,8 +78,6 @@ MUTANTS = [
         "static_cast<C>(sub_(1.0, div_(t, norm)))",
         "sub_(C(1), static_cast<C>(div_(t, norm)))",
     ),
-    Mutant("the first piece's weights", KERNEL, "threshold_of(set, lr, first + row)",
-           "threshold_of(set, lr, row)"),
     Mutant("a weight of the next row", KERNEL, ": set.weights[row]", ": set.weights[row ^ 1]"),
     Mutant(
         "lr multiplied into a_g",
@@ -116,12 +108,6 @@ MUTANTS = [
     ),
     Mutant("momentum of a long row moved twice", KERNEL, "s.held, pass == 1)", "s.held, true)"),
     Mutant("ridge in the update too", KERNEL, "made.coefficients.scale = C(1);", ""),
-    Mutant(
-        "ridge of the first group",
-        KERNEL,
-        "store_span(span, s, s.groups[member.group]",
-        "store_span(span, s, s.groups[0]",
-    ),
     Mutant("zeros by a product", SPANS, "factor == C(0) ? C(0) : scaled", "scaled"),
     Mutant("factor of a unit's first row", SPANS, "++row;", ""),
     Mutant("alignment of the gradient forgotten", SPANS, "aligned<N>(span.arrays.grad) &&", "",
@@ -133,8 +119,6 @@ MUTANTS = [
         "num_zeros += factor != C(0) && is_zero(stored.values[i]);",
         "zeros",
     ),
-    Mutant("found_inf ignored", KERNEL, "if (found_inf && *found_inf != 0.0f) return;", ""),
-    Mutant("a set begins a piece late", KERNEL, ".first_piece <= piece", ".first_piece < piece"),
     Mutant("members not behind the sets", PLAN, "set.first_member += header_.count;", "(void)set;"),
     Mutant("pieces of the last set only", PLAN, "pieces_ += pieces;", "pieces_ = pieces;"),
     Mutant("a full table dropped", PLAN, "if (!has_room(set, pieces)) flush();",
