@@ -34,7 +34,8 @@ int64_t rows_of_a_piece(const RowSet& set) {
   int64_t rows = std::min<int64_t>(kMostHeld<typename T::Compute> / width, kThreads);
   rows = std::min(rows, set.rows);
   while (rows > 0 && !can_hold<T>(set, rows)) --rows;
-  return rows > T::per_unit ? rows / T::per_unit * T::per_unit : rows;
+  const bool whole = rows == set.rows || rows < T::per_unit;
+  return whole ? rows : rows / T::per_unit * T::per_unit;
 }
 
 bool equal(const RowOptions& a, const RowOptions& b) {

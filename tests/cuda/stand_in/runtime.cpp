@@ -79,6 +79,13 @@ extern "C" const char* launch_two(int device, void* stream, int bytes) {
   }
   return thrown.c_str();
 }
+// A launch of coupled rows.
+extern "C" void launch_rows(int device, void* stream, int bytes) {
+  prox_sgd::cuda::Launch launch{"rows", false, 3, 256, {}};
+  launch.parameters.resize(static_cast<size_t>(bytes));
+  launch.coupled_rows = true;
+  prox_sgd::cuda::launch({launch}, prox_sgd::Storage::float32, device, stream);
+}
 extern "C" const char* why_unusable(int device) {
   static std::string why;
   why = prox_sgd::cuda::why_unusable(device);
