@@ -21,6 +21,7 @@ import rows_harness
 from rows_harness import Case, Options, RowSet, draw, draw_set
 
 ARCH = "compute_90"
+FLAGS = tuple(flag for flag in harness.FLAGS if flag != "-lineinfo")  # half of the PTX
 KERNEL, SPANS, TABLE, PLAN = (
     f"cuda/{name}" for name in ("rows.cu", "row_spans.cuh", "row_table.h", "row_plan.cpp")
 )
@@ -196,7 +197,7 @@ def test_a_planted_bug_is_caught(mutant: Mutant, tmp_path: Path) -> None:
     kernel.write_text(re.sub(others, "", kernel.read_text()))
     module, plan = harness.module_for(ARCH, source="rows.cu"), rows_harness.installed_plan
     if mutant.file != PLAN:
-        module = harness.module_for(ARCH, csrc, source="rows.cu")
+        module = harness.module_for(ARCH, csrc, FLAGS, source="rows.cu")
     if mutant.file in (PLAN, TABLE):
         plan = rows_harness.compile_plan(csrc, tmp_path)
     # Up to the first case that shows it.
