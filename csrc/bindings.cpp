@@ -16,14 +16,13 @@
 #include "build_info.h"
 #include "prox_sgd.h"
 #include "row_bindings.h"
+#include "steps.h"
 #include "tensor_lists.h"
 
 namespace py = pybind11;
 using namespace prox_sgd;
 
 namespace {
-
-using Address = std::uintptr_t;
 
 // ---- structs whose fields are keyword arguments -------------------------------------------------
 
@@ -87,7 +86,8 @@ void bind_keywords(py::module_& m, const char* name, const char* doc, bool all_r
   });
 }
 
-// ---- SIMD levels and storages by name -----------------------------------------------------------
+// ---- SIMD levels by name
+// -------------------------------------------------------------------------
 
 std::vector<std::string> simd_levels() {
   std::vector<std::string> names;
@@ -107,48 +107,7 @@ void set_simd_level(const std::string& name) {
   throw std::invalid_argument("SIMD level '" + name + "' is unknown: this processor has " + known);
 }
 
-Storage storage_named(const std::string& name) {
-  int number = 0;
-  for (const char* known : kStorageNames) {
-    if (name == known) return static_cast<Storage>(number);
-    ++number;
-  }
-  throw std::invalid_argument("storage '" + name + "' is unknown");
-}
-
 // ---- a step ------------------------------------------------------------------------------------
-
-// CUDA device index -> the values in that device's memory.
-cuda::DeviceValues values_on(const py::dict& device_values, int device) {
-  for (const auto& [index, values] : device_values) {
-    if (!py::isinstance<py::int_>(index)) throw py::type_error("device_values: a key is no int");
-    if (index.cast<int>() == device) return values.cast<cuda::DeviceValues>();
-  }
-  return {};
-}
-
-// A bucket to step: tensors, options and the values in devices' memory.
-struct Step {
-  const Reading& reading;
-  const Options& options;
-  py::dict device_values;
-};
-
-// Throws TypeError for anything else; no Python code runs.
-std::vector<Step> steps_from(const py::list& given) {
-  std::vector<Step> steps;
-  for (const py::handle row : given) {
-    const auto step =
-        py::isinstance<py::tuple>(row) ? py::reinterpret_borrow<py::tuple>(row) : py::tuple();
-    if (step.size() != 3 || !py::isinstance<Reading>(step[0]) ||
-        !py::isinstance<Options>(step[1]) || !py::isinstance<py::dict>(step[2])) {
-      throw py::type_error("steps: must be tuples of a Reading, Options and a dict");
-    }
-    steps.push_back({step[0].cast<const Reading&>(), step[1].cast<const Options&>(),
-                     py::reinterpret_borrow<py::dict>(step[2])});
-  }
-  return steps;
-}
 
 // All buckets of one storage on one CUDA device: as few launches as their tables allow.
 struct CudaStep {
@@ -199,26 +158,9 @@ void run(const TensorReader& reader, const py::list& given, const py::int_& thre
   }
 }
 
-// Addresses of parameter, gradient, momentum buffer, master, start and zero counter (0 for none),
-// and the number of elements.
-using Row = std::tuple<Address, Address, Address, Address, Address, Address, int64_t>;
-
-std::vector<Operands> operands_from(const std::vector<Row>& rows) {
-  std::vector<Operands> operands;
-  operands.reserve(rows.size());
-  for (const auto& [param, grad, momentum_buffer, master_param, start, num_zeros, numel] : rows) {
-    if (numel < 0) throw std::invalid_argument("numel must not be negative");
-    operands.push_back({reinterpret_cast<void*>(param), reinterpret_cast<const void*>(grad),
-                        reinterpret_cast<void*>(momentum_buffer),
-                        reinterpret_cast<void*>(master_param), reinterpret_cast<const void*>(start),
-                        numel, reinterpret_cast<int64_t*>(num_zeros)});
-  }
-  return operands;
-}
-
 py::list plan_cuda(
     const std::string& storage,
-    const std::vector<std::tuple<std::vector<Row>, Options, cuda::DeviceValues>>& given,
+    const std::vector<std::tuple<std::vector<AddressRow>, Options, cuda::DeviceValues>>& given,
     int64_t capacity) {
   std::vector<std::vector<Operands>> operands;
   std::vector<cuda::Bucket> buckets;
@@ -226,17 +168,7 @@ py::list plan_cuda(
   for (size_t i = 0; i < given.size(); ++i) {
     buckets.push_back({operands[i], std::get<1>(given[i]), std::get<2>(given[i])});
   }
-  py::list launches;
-  for (const cuda::Launch& launch : cuda::plan(buckets, storage_named(storage), capacity)) {
-    py::dict entry;
-    entry["kernel"] = launch.kernel;
-    entry["grid"] = launch.grid;
-    entry["block"] = launch.block;
-    entry["parameters"] = py::bytes(reinterpret_cast<const char*>(launch.parameters.data()),
-                                    launch.parameters.size());
-    launches.append(std::move(entry));
-  }
-  return launches;
+  return described(cuda::plan(buckets, storage_named(storage), capacity));
 }
 
 py::dict build_info() {

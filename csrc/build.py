@@ -72,12 +72,10 @@ def cxx_sources(tools: Toolchain, folder: Path) -> dict[str, list[str]]:
         "cpu/row_launch.cpp": [*common, *KERNEL_FLAGS, *tools.openmp],
         "cpu/simd.cpp": [*common, *has_avx2],
         "cpu/launch.cpp": [*common, *KERNEL_FLAGS, *tools.openmp],
-        "cuda/plan.cpp": [
-            *common,
-            "-ffp-contract=off",
-            *(tools.cuda.defines if tools.cuda else []),
-        ],
     }
+    defines = tools.cuda.defines if tools.cuda else []
+    for plan in ("cuda/plan.cpp", "cuda/row_plan.cpp"):
+        sources[plan] = [*common, "-ffp-contract=off", *defines]
     if without_kernel:
         sources["cpu/absent.cpp"] = common
     else:
@@ -121,7 +119,7 @@ def write_ninja(tools: Toolchain, folder: Path, output: Path) -> None:
         objects = [compile_("cxx", *source) for source in cxx_sources(tools, folder).items()]
         if tools.cuda is not None:
             rule("cuda", quote([tools.cuda.nvcc]), "-MD")
-            for name, has_kernels in (("elements", True), ("launch", False)):
+            for name, has_kernels in (("elements", True), ("rows", True), ("launch", False)):
                 objects.append(compile_("cuda", f"cuda/{name}.cu", tools.cuda.flags(has_kernels)))
             # The static runtime's symbols stay inside: torch has a runtime of its own.
             link += [str(tools.cuda.runtime), "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]

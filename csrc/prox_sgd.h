@@ -129,6 +129,7 @@ struct Launch {
   uint32_t grid;
   uint32_t block;
   std::vector<unsigned char> parameters;  // the kernel's one parameter, byte for byte
+  bool coupled_rows = false;              // whether its kernel is that of coupled rows (rows.h)
 };
 
 // The launches that update all parameters: one, unless the table of the kernel's parameter is too

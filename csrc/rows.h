@@ -21,7 +21,9 @@ struct RowSet {
   std::vector<RowMember> members;
   Storage storage;
   int64_t rows;
-  const double* thresholds;  // t of each row: lr (group_lasso k) a_g
+  double lasso;           // group_lasso k: the threshold of a row is t = (lr lasso) a_g
+  double weight;          // a_g of every row, unless there are
+  const double* weights;  // a_g of each row, in the memory of the set's device; may be null
 };
 
 namespace cpu {
@@ -32,4 +34,29 @@ void prox_sgd_rows(const std::vector<RowSet>& sets, const std::vector<Options>& 
                    int threads);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The options of a group, and its values in device memory.
+struct RowOptions {
+  Options options;
+  DeviceValues values;
+};
+
+// How many parameters with how many different options a set may have that a CUDA kernel takes.
+struct RowLimits {
+  int64_t members;
+  int64_t options;
+};
+RowLimits row_limits();
+
+// The launches that update all sets, which have one storage and device: one, unless the table of
+// the kernel's parameter is too small for all. `capacity` bounds the sets of one launch; 0: as many
+// as there is room for. Throws std::length_error for a set beyond the limits, or of more rows than
+// a grid can cover.
+std::vector<Launch> plan_rows(const std::vector<RowSet>& sets,
+                              const std::vector<RowOptions>& options, Storage storage,
+                              int64_t capacity = 0);
+
+}  // namespace cuda
 }  // namespace prox_sgd

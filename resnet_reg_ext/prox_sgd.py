@@ -75,7 +75,7 @@ class ProxSGD(Optimizer):
             has their a_g: None for √(elements), a number, or one for each row.
             :func:`resnet_reg_ext.param_groups` makes both. A set has one first dimension, device,
             dtype, lr, momentum, dampening and group_lasso, and all or no gradients; ``toward`` is
-            ``"zero"``. On a CUDA device it takes pure PyTorch, and ``fused=True`` raises.
+            ``"zero"``.
         maximize: ascend f instead of descending it (default: False).
         fused: None takes the native kernel, one pass over memory, for every tensor that it can take
             and pure PyTorch for the others; True raises where it can't; False always takes pure

@@ -41,11 +41,13 @@ struct MemberKernel {
     if (options.proximal) without_ridge.weight_decay = 0.0;
     c = coefficients<C>(without_ridge);
     ridge = coefficients<C>(options).scale;
+    lr = options.lr;
     kernels = row_kernels_for(storage, c.mode, simplest_form(c));
   }
 
   Coefficients<C> c;
   double ridge;
+  double lr;
   RowKernels kernels;
 };
 
@@ -72,10 +74,12 @@ Rows rows_of(const RowMember& member, const Piece& piece, const RowKernels& kern
   return rows;
 }
 
-// Turns each row's sum of squares into its factor.
-void to_factors(double* sums, const double* thresholds, int64_t rows) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const double t = thresholds[row];
+// Turns the sum of squares of each row of a piece into its factor.
+void to_factors(double* sums, const Piece& piece, double lr) {
+  const RowSet& set = *piece.set;
+  const double base = lr * set.lasso;
+  for (int64_t row = 0; row < piece.end - piece.begin; ++row) {
+    const double t = base * (set.weights == nullptr ? set.weight : set.weights[piece.begin + row]);
     const double norm = std::sqrt(sums[row]);
     double factor = norm <= t ? 0.0 : 1.0 - t / norm;
     if (t == 0.0) factor = 1.0;
@@ -96,7 +100,7 @@ void run_piece(const Piece& piece, const std::vector<MemberKernel<C>>& members, 
     members[n].kernels.update(rows.at, &members[n].c, rows.weights, count, width, factors);
     own += count * width;
   }
-  to_factors(factors, set.thresholds + piece.begin, count);
+  to_factors(factors, piece, members.front().lr);
   own = scratch;
   for (size_t n = 0; n < set.members.size(); ++n) {
     const int64_t width = set.members[n].width;

@@ -1,4 +1,4 @@
-// Stands in for elements.cu and launch.cu in a build without CUDA.
+// Stands in for elements.cu, rows.cu and launch.cu in a build without CUDA.
 #include <stdexcept>
 
 #include "../prox_sgd.h"

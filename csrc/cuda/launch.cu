@@ -8,7 +8,7 @@
 #include <string>
 
 #include "../prox_sgd.h"
-#include "params.h"
+#include "row_table.h"
 
 namespace prox_sgd::cuda {
 namespace {
@@ -101,8 +101,10 @@ void launch(const std::vector<Launch>& launches, Storage storage, int device, vo
   if (launches.empty()) return;
   const DeviceGuard guard(device);
   for (const Launch& launch : launches) {
-    const void* const kernel =
-        kernel_address(storage, launch.towards_start, launch.parameters.size());
+    const size_t bytes = launch.parameters.size();
+    const void* const kernel = launch.coupled_rows
+                                   ? row_kernel_address(storage, bytes)
+                                   : kernel_address(storage, launch.towards_start, bytes);
     if (kernel == nullptr) {
       throw std::logic_error("ProxSGD: plan and kernel were built for tables of different sizes");
     }

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "../math/update.h"
 
@@ -37,6 +38,17 @@ struct Group {
 };
 
 constexpr int kMostGroups = 8;
+
+template <typename C>
+Group<C> group_of(const Options& options, const DeviceValues& v) {
+  Group<C> group;
+  std::memset(static_cast<void*>(&group), 0, sizeof group);  // padding is copied, too
+  group.coefficients = coefficients<C>(options);
+  group.scheduled = scheduled(options);
+  group.values = v;
+  group.reads_device = v.lr || v.l1 || v.grad_scale || v.grad_coefficient;
+  return group;
+}
 
 // A parameter in the table. Parameters lie one behind the other in units: as many elements as 16
 // bytes of their widest type hold. A parameter's last unit may be partly filled; empty parameters

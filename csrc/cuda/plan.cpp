@@ -17,18 +17,6 @@ constexpr int64_t round_up(int64_t units) {
   return (units + kUnitsPerBlock - 1) / kUnitsPerBlock * kUnitsPerBlock;
 }
 
-template <typename C>
-Group<C> group_of(const Bucket& bucket) {
-  const DeviceValues& v = bucket.values;
-  Group<C> group;
-  std::memset(static_cast<void*>(&group), 0, sizeof group);  // padding is copied, too
-  group.coefficients = coefficients<C>(bucket.options);
-  group.scheduled = scheduled(bucket.options);
-  group.values = v;
-  group.reads_device = v.lr || v.l1 || v.grad_scale || v.grad_coefficient;
-  return group;
-}
-
 bool has_start(const Bucket& bucket) {
   return !bucket.operands.empty() && bucket.operands.front().start != nullptr;
 }
@@ -55,7 +43,7 @@ class Plan {
         flush();
         listed = false;
       }
-      if (!listed) header_.groups[groups_++] = group_of<C>(bucket);
+      if (!listed) header_.groups[groups_++] = group_of<C>(bucket.options, bucket.values);
       listed = true;
       add(o);
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import dtensor, native, pure, pure_rows
 from .bucket import Bucket, Run, Skip
 from .checks import check_operands
+from .device_values import DeviceValues
 from .dispatch import (
     check_may_be_pure,
     check_may_run,
@@ -26,6 +27,11 @@ from .dispatch import (
     run_on_shards,
 )
 from .row_sets import Part, RowSet, check_alike, rows_contiguous, uniform
+
+_Place = tuple[int, int]
+"""A part, and a parameter's place in its bucket."""
+_Reasons = Mapping[_Place, str]
+"""Why members can't go to the native core."""
 
 
 def prepare(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run | Skip:
@@ -50,11 +56,16 @@ def prepare(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run | Skip:
             bucket = dtensor.local_bucket(bucket)
         bucket = resolve_negation(bucket)
         refuse_stray_dtensors(bucket)
-        why = "coupled rows need the host to know it"
-        options = read_values(part.values, part.options, bucket, why)
+        local.append(dataclasses.replace(part, bucket=bucket))
+    readings = [native.read(part.bucket) if may_be_native(part.fused) else None for part in local]
+    unfit, to_lay_out = _misfits(local, sets, readings)
+    why = _why_on_host(local, sets, unfit)
+    for p, part in enumerate(local):
+        now, later = (part.values, DeviceValues()) if why else part.values.split()
+        options = read_values(now, part.options, part.bucket, why)
         if isinstance(options, Skip):
             return options
-        local.append(dataclasses.replace(part, bucket=bucket, options=options))
+        local[p] = dataclasses.replace(part, options=options, values=later)
     if divided:
         sets = [_shard_of(one, parts) for one in sets]
     if not uniform(local):
@@ -62,7 +73,7 @@ def prepare(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run | Skip:
             check_alike(one, local)
     if not all(map(Tensor.numel, chain.from_iterable(part.bucket.params for part in local))):
         sets = _without_empty(sets, local)
-    run = _prepare_local(local, sets)
+    run = _prepare_local(local, sets, readings, unfit, to_lay_out)
     return partial(run_on_shards, run, divided) if divided else run
 
 
@@ -90,10 +101,31 @@ def _shard_of(one: RowSet, parts: Sequence[Part]) -> RowSet:
     return dataclasses.replace(one, rows=rows, weights=weights)
 
 
-def _prepare_local(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run:
-    """A step of ordinary tensors."""
-    readings = [native.read(part.bucket) if may_be_native(part.fused) else None for part in parts]
-    unfit, to_lay_out = _misfits(parts, readings)
+def _why_on_host(parts: Sequence[Part], sets: Sequence[RowSet], unfit: _Reasons) -> str:
+    """Why the host must know what is in a device's memory; empty where the kernel reads it."""
+    if not any(value is not None and value.is_cuda for part in parts for value in part.values):
+        return ""
+    for part in parts:
+        if not all(param.is_cuda for param in part.bucket.params):
+            return "the step runs on the host or in pure PyTorch"
+    if unfit:
+        return next(iter(unfit.values())) or "the step runs in pure PyTorch"
+    if any(part.bucket.first_step for part in parts):
+        return "it is a parameter's first step: take one before the capture"
+    for one in sets:
+        if len({id(parts[p].values.lr) for p, _ in one.members}) > 1:
+            return "groups whose rows are coupled have other tensors for lr"
+    return ""
+
+
+def _prepare_local(
+    parts: Sequence[Part],
+    sets: Sequence[RowSet],
+    readings: Sequence[Any],
+    unfit: _Reasons,
+    to_lay_out: Set[_Place],
+) -> Run:
+    """A step of ordinary tensors; the last two as from :func:`_misfits`."""
     to_native = [one for one in sets if not any(member in unfit for member in one.members)]
     to_pure = [one for one in sets if any(member in unfit for member in one.members)]
     runs: list[Run] = []
@@ -119,14 +151,14 @@ def _prepare_local(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run:
 
 
 def _misfits(
-    parts: Sequence[Part], readings: Sequence[Any]
-) -> tuple[dict[tuple[int, int], Any], set[tuple[int, int]]]:
+    parts: Sequence[Part], sets: Sequence[RowSet], readings: Sequence[Any]
+) -> tuple[dict[_Place, str], set[_Place]]:
     """Why members can't go to the native core, by (part, index), and those to be laid out for it.
 
     A reason is the core's, in words, or "" where the core isn't wanted.
     """
-    unfit: dict[tuple[int, int], Any] = {}
-    to_lay_out: set[tuple[int, int]] = set()
+    unfit: dict[_Place, str] = {}
+    to_lay_out: set[_Place] = set()
     for p, (part, reading) in enumerate(zip(parts, readings, strict=True)):
         bucket = part.bucket
         if reading is None:
@@ -140,16 +172,17 @@ def _misfits(
                 check_may_be_pure(bucket, part.fused, misfit)
                 unfit[p, misfit.index] = misfit.reason
         for i, param in enumerate(bucket.params):
-            if param.is_cuda:
-                unfit.setdefault((p, i), "there is no CUDA kernel for coupled rows yet")
-            elif param.numel() and not rows_contiguous(param):
+            if param.numel() and not rows_contiguous(param):
                 unfit.setdefault((p, i), "its rows aren't contiguous in memory")
+    for one in sets:
+        p, i = one.members[0]
+        on_cuda = readings[p] is not None and parts[p].bucket.params[i].is_cuda
+        if on_cuda and (why := native.beyond_cuda_rows(one, parts)):
+            unfit.setdefault((p, i), why)
     return unfit, to_lay_out
 
 
-def _check_set_may_be_pure(
-    one: RowSet, parts: Sequence[Part], unfit: Mapping[tuple[int, int], str]
-) -> None:
+def _check_set_may_be_pure(one: RowSet, parts: Sequence[Part], unfit: _Reasons) -> None:
     fused = any(parts[p].fused for p, _ in one.members)
     for p, i in one.members:
         bucket = parts[p].bucket
@@ -165,7 +198,7 @@ def _check_set_may_be_pure(
 def _prepare_native(
     parts: Sequence[Part],
     sets: Sequence[RowSet],
-    to_lay_out: Set[tuple[int, int]],
+    to_lay_out: Set[_Place],
     readings: Sequence[Any] | None,
 ) -> Run:
     """A step of the native core on all of the parts, or on what the sets have of them."""

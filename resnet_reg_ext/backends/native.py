@@ -22,7 +22,7 @@ from ..options import Options
 from . import openmp
 from .bucket import Bucket, Run, raise_versions
 from .device_values import NUMBER_DTYPES, DeviceValues
-from .row_sets import Part, RowSet
+from .row_sets import Part, RowSet, weights_beside
 
 _C: Any = None
 missing = ""
@@ -144,11 +144,13 @@ def prepare(
     ``values`` are read on the parameters' CUDA devices when the kernel runs.
     """
     native_options = _C.Options(**vars(options), first_step=bucket.first_step)
-    on_devices = {}
-    if values:
-        for device in {param.device for param in bucket.params}:
-            on_devices[device.index] = values.on(device)
-    return NativeRun(reading, native_options, on_devices, bucket.written())
+    return NativeRun(reading, native_options, _on_devices(bucket, values), bucket.written())
+
+
+def _on_devices(bucket: Bucket, values: DeviceValues | None) -> dict[int, DeviceValues]:
+    """The values on each of the CUDA devices of a bucket's parameters."""
+    devices = {param.device for param in bucket.params} if values else ()
+    return {device.index: values.on(device) for device in devices} if values else {}
 
 
 def joined(runs: Sequence[Run]) -> list[Run]:
@@ -174,24 +176,56 @@ def _addresses(values: DeviceValues) -> Any:
 
 
 def prepare_rows(readings: Sequence[Any], parts: Sequence[Part], sets: Sequence[RowSet]) -> Run:
-    """The step of sets of coupled rows, on a CPU, whose parts were read without misfits."""
-    options = [
-        _C.Options(**vars(part.options), first_step=part.bucket.first_step) for part in parts
+    """The step of sets of coupled rows whose parts were read without misfits, planned.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and ``row_weights`` aren't on the device yet.
+    """
+    on_devices = [_on_devices(part.bucket, part.values) for part in parts]
+    steps = [
+        (
+            reading,
+            _C.Options(**vars(part.options), first_step=part.bucket.first_step),
+            {index: _addresses(values) for index, values in of_part.items()},
+        )
+        for reading, part, of_part in zip(readings, parts, on_devices, strict=True)
     ]
-    thresholds = [one.thresholds(parts[one.members[0][0]].options) for one in sets]
-    described = [
-        (list(one.members), one.rows, of_set.data_ptr())
-        for one, of_set in zip(sets, thresholds, strict=True)
-    ]
-    plan = _C.RowPlan(list(readings), options, described)
+    weights: list[Tensor] = []
+    described = []
+    for one in sets:
+        p, i = one.members[0]
+        first = parts[p]
+        number, address = one.weights, 0
+        if isinstance(number, Tensor):
+            name = first.bucket.name(i)
+            weights.append(weights_beside(first.bucket.params[i], number, name))
+            number, address = 0.0, weights[-1].data_ptr()
+        lasso = one.coefficient * first.options.k
+        described.append((list(one.members), one.rows, lasso, number, address))
+    plan = _C.RowPlan(steps, described)
 
     def run() -> None:
-        assert len(thresholds) == len(sets)  # keeps them alive
+        assert len(weights) <= len(sets)  # keeps them alive, and the values
+        assert len(on_devices) == len(parts)
         for part in parts:
             raise_versions(part.bucket.written())
-        _C.prox_sgd_rows_(plan, torch.get_num_threads())
+        _C.prox_sgd_rows_(_reader, plan, torch.get_num_threads())
 
     return run
+
+
+def beyond_cuda_rows(one: RowSet, parts: Sequence[Part]) -> str:
+    """Why the CUDA kernel can't take a set, whatever its tensors are; empty where it can."""
+    most, most_options = _C.cuda_row_limits
+    count = len(one.members)
+    buckets = {p: parts[p] for p, _ in one.members}.values()
+    options = {(b.options, b.bucket.first_step, *map(id, b.values)) for b in buckets}
+    if count <= most and len(options) <= most_options:
+        return ""
+    return (
+        f"its rows are coupled with those of {count - 1} others, with {len(options)} sets of "
+        f"options, and the CUDA kernel takes {most} parameters with {most_options} sets of options"
+    )
 
 
 _warned: set[str] = set()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..options import Options
 from .bucket import Bucket
-from .device_values import DeviceValues
+from .device_values import DeviceValues, is_capturing
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Part:
     fused: bool | None
     capturable: bool
     values: DeviceValues
+    """What a kernel reads on the device; the options hold everything else."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,35 @@ class RowSet:
         if isinstance(self.weights, Tensor):
             return self.weights * base
         return torch.full((self.rows,), base * self.weights, dtype=torch.float64, device="cpu")
+
+
+# The first parameter of a set -> the set's weights, and their copy on the parameter's CUDA device.
+_copies: Any = WeakTensorKeyDictionary()
+
+
+def weights_beside(param: Tensor, weights: Tensor, name: str) -> Tensor:
+    """The weights of a set in the memory of its first parameter's device, without gaps.
+
+    A copy on a CUDA device is kept while the parameter lives, and changed in place when the weights
+    do, so that a captured graph reads memory that is still theirs.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which would copy freed memory.
+    """
+    if param.is_cpu:
+        return weights.contiguous()
+    known: tuple[Tensor, Tensor] | None = _copies.get(param)
+    if known is not None and known[1].device == param.device and torch.equal(known[0], weights):
+        return known[1]
+    if is_capturing():
+        raise RuntimeError(
+            f"{name}: row_weights have changed since the last step: take one before the capture"
+        )
+    copy = weights.contiguous().to(param.device)
+    if known is not None and known[1].device == copy.device and known[1].shape == copy.shape:
+        copy = known[1].copy_(copy)
+    _copies[param] = (weights.clone(), copy)
+    return copy
 
 
 def rows_contiguous(tensor: Tensor) -> bool:

@@ -88,7 +88,7 @@ std::vector<float> step_on_subnormals(int threads) {
   std::vector<float> p(400000, 3e-39f);
   const std::vector<float> g(p.size(), 2e-39f);
   const auto numel = static_cast<int64_t>(p.size());
-  cpu::prox_sgd({{p.data(), g.data(), nullptr, nullptr, numel, nullptr}}, Storage::float32,
+  cpu::prox_sgd({{p.data(), g.data(), nullptr, nullptr, nullptr, numel, nullptr}}, Storage::float32,
                 plain_options(0.5), threads);
   return p;
 }
@@ -141,9 +141,9 @@ int main() {
       options.proximal = (set & 32) != 0;
       int64_t num_zeros = 0;
       int64_t* const counter = set % 3 ? &num_zeros : nullptr;
-      cpu::prox_sgd(
-          {{p.data(), g.data(), m.data(), stored.master ? w.data() : nullptr, numel, counter}},
-          stored.storage, options, 1);
+      cpu::prox_sgd({{p.data(), g.data(), m.data(), stored.master ? w.data() : nullptr, nullptr,
+                      numel, counter}},
+                    stored.storage, options, 1);
       take_all(stored.param, p);
       take_all(stored.momentum_buffer, m);
       take_all(DType::float32, w);
@@ -151,10 +151,10 @@ int main() {
     }
     for (int set = 0; set < 32; ++set) {  // coupled rows: two parameters, one of them a norm's
       constexpr int64_t kRows = 37;
-      RowSet coupled{{}, stored.storage, kRows, nullptr};
-      std::vector<double> thresholds(kRows);
-      for (double& t : thresholds) t = static_cast<double>(random() % 100) / 50;
-      coupled.thresholds = thresholds.data();
+      RowSet coupled{{}, stored.storage, kRows, 10.0, 0.0, nullptr};
+      std::vector<double> weights(kRows);
+      for (double& weight : weights) weight = static_cast<double>(random() % 100) / 50;
+      coupled.weights = weights.data();
       std::vector<std::vector<unsigned char>> arrays;
       arrays.reserve(8);
       int64_t num_zeros = 0;
@@ -168,7 +168,7 @@ int main() {
         const void* const g = drawn(stored.param, numel);
         void* const m = drawn(stored.momentum_buffer, numel);
         void* const w = stored.master ? drawn(DType::float32, numel) : nullptr;
-        coupled.members.push_back({{p, g, m, w, numel, &num_zeros}, row, 0});
+        coupled.members.push_back({{p, g, m, w, nullptr, numel, &num_zeros}, row, 0});
       }
       Options options = plain_options(0.1);
       options.momentum = set & 1 ? 0.9 : 0.0;

@@ -154,10 +154,10 @@ MUTANTS = [
         "threshold_of_0",
     ),
     Mutant(
-        "the first piece's thresholds",
+        "the first piece's weights",
         ROW_LAUNCH,
-        "set.thresholds + piece.begin",
-        "set.thresholds",
+        "set.weights[piece.begin + row]",
+        "set.weights[row]",
         "bits_of_the_reference",
     ),
     Mutant(

@@ -276,6 +276,23 @@ def test_first_steps_master_weights_and_layouts_mix_in_one_set():
         assert_same(a, b)
 
 
+def test_weights_may_be_a_view_with_gaps():
+    weights = torch.tensor([1.0, 99.0, 2.0, 99.0, 0.0, 99.0, 3.0, 99.0], dtype=torch.float64)
+    results = []
+    for given, fused in (
+        (weights[::2], True),
+        (weights[::2].tolist(), True),
+        (weights[::2], False),
+    ):
+        p = nn.Parameter(drawn(4, 9))
+        p.grad = drawn(4, 9, seed=1)
+        group = {"params": [p], "rows": [0], "row_weights": [given]}
+        ProxSGD([group], **OPTIONS, fused=fused).step()
+        results.append(p)
+    for p in results[1:]:
+        assert_same(p, results[0])
+
+
 def test_rows_that_are_not_contiguous_take_pure_pytorch():
     p = nn.Parameter(drawn(3, 4).t())
     optimizer = ProxSGD([{"params": [p], "rows": [0]}], **OPTIONS)

@@ -15,13 +15,18 @@ COUPLED = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.3, "l1": 0.02}
 
 
 def plan(readings, of_groups, sets):
-    """Sets: for each its members, rows and thresholds."""
-    thresholds = [np.array(t, np.float64) for *_, t in sets]
+    """Sets: for each its members, rows, group_lasso k, and weights: one, or for each row."""
+    weights = [np.array(w, np.float64) for *_, w in sets]
     described = [
-        (members, rows, t.ctypes.data)
-        for (members, rows, _), t in zip(sets, thresholds, strict=True)
+        (members, rows, lasso, *((0.0, w.ctypes.data) if w.ndim else (w.item(), 0)))
+        for (members, rows, lasso, _), w in zip(sets, weights, strict=True)
     ]
-    return _C.RowPlan(readings, of_groups, described), thresholds
+    steps = [(reading, of_group, {}) for reading, of_group in zip(readings, of_groups, strict=True)]
+    return _C.RowPlan(steps, described), weights
+
+
+def run(made, threads=1):
+    _C.prox_sgd_rows_(reader(), made, threads)
 
 
 def one_set(rows, thresholds, threads=1, num_zeros=None, **chosen):
@@ -29,8 +34,8 @@ def one_set(rows, thresholds, threads=1, num_zeros=None, **chosen):
     p = array(rows)
     zeros = 0 if num_zeros is None else num_zeros.ctypes.data
     reading = reader().read([p], [array(np.zeros(p.shape))], None, None, zeros)
-    made, kept = plan([reading], [options(lr=1.0, **chosen)], [([(0, 0)], len(p), thresholds)])
-    _C.prox_sgd_rows_(made, threads)
+    made, kept = plan([reading], [options(lr=1.0, **chosen)], [([(0, 0)], len(p), 1.0, thresholds)])
+    run(made, threads)
     assert kept
     return p
 
@@ -59,14 +64,13 @@ def test_the_bits_of_the_reference(dtype, threads):
             of_reference.append((p, g, m, dtype, {**chosen, **mode}))
         weights = rng.random(rows) * np.sqrt(sum(widths)) * 8
         weights[1] = 0.0
-        base = 0.1 * (0.3 * ((1 - 0.0) / (1 - 0.9)))
-        sets.append((members, rows, base * weights))
+        sets.append((members, rows, 0.3 * ((1 - 0.0) / (1 - 0.9)), weights))
         result = reference.row_step(of_reference, weights, group_lasso=0.3)
         expected.append((members, result))
     readings = [reader().read(*of_group, None, 0) for of_group in lists]
     native = [options(**chosen, proximal=bool(mode)) for chosen, mode in of_groups]
     made, kept = plan(readings, native, sets)
-    _C.prox_sgd_rows_(made, threads)
+    run(made, threads)
     assert kept
     dead = 0
     for members, result in expected:
@@ -81,6 +85,11 @@ def test_a_group_at_its_threshold_is_zero():
     p = one_set([[-3.0, 4.0], [-3.0, 4.0], [3.0, -4.0]], [5.0, 4.0, 6.0])
     assert p.tolist() == [[0, 0], [-0.6000000238418579, 0.800000011920929], [0, 0]]
     assert not np.signbit(p[[0, 2]]).any()
+
+
+def test_one_weight_may_stand_for_all_rows():
+    p = one_set([[-3.0, 4.0], [-3.0, 4.5], [3.0, -4.0]], 5.0)
+    assert (p == 0).all(1).tolist() == [True, False, True]
 
 
 def test_a_nan_makes_its_group_nan():
@@ -106,8 +115,8 @@ def test_each_member_is_found_by_its_place_in_the_list():
     params = [array(np.zeros((0, 2))), array([[1.0]] * 2, "float64"), array([[2.0]] * 2)]
     params += [array(np.zeros(0)), array([[3.0]] * 2)]
     reading = reader().read(params, [array(p * 0, p.dtype) for p in params], None, None, 0)
-    made, kept = plan([reading], [options(lr=1.0)], [([(0, 4)], 2, [9.0, 0.0])])
-    _C.prox_sgd_rows_(made, 1)
+    made, kept = plan([reading], [options(lr=1.0)], [([(0, 4)], 2, 1.0, [9.0, 0.0])])
+    run(made)
     assert kept
     assert [p.ravel().tolist() for p in params[1:]] == [[1.0, 1.0], [2.0, 2.0], [], [0.0, 3.0]]
 
@@ -127,7 +136,7 @@ def test_unlike_members_and_places_outside_are_refused():
         ([(0, -1)], 4, IndexError),
     ):
         with pytest.raises(error):
-            plan([reading], [options(lr=1.0)], [(members, rows, np.ones(4))])
+            plan([reading], [options(lr=1.0)], [(members, rows, 1.0, np.ones(4))])
     assert all((p == 1).all() for p in params)
-    with pytest.raises(ValueError, match="needs options"):
-        plan([reading], [], [])
+    with pytest.raises(TypeError, match="tuples of a Reading, Options and a dict"):
+        _C.RowPlan([reading], [])

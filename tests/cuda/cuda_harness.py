@@ -201,20 +201,11 @@ def installed_plan(
     return launches
 
 
-SHIM = r"""
-#include "prox_sgd.h"
+# What the shims of both plans have: fields by name, and the launches.
+SHIM_COMMON = r"""
+#include "rows.h"
 #include <cstring>
-#include <exception>
-#include <list>
 using namespace prox_sgd;
-static Options options;
-static cuda::DeviceValues device_values;
-struct Given {
-  std::vector<Operands> operands;
-  Options options;
-  cuda::DeviceValues values;
-};
-static std::list<Given> given;
 static std::vector<cuda::Launch> launches;
 template <typename Struct, typename Value>
 static bool set(Struct& to, const char* name, Value value) {
@@ -226,6 +217,26 @@ static bool set(Struct& to, const char* name, Value value) {
   });
   return found;
 }
+extern "C" const char* kernel(long i) { return launches[i].kernel.c_str(); }
+extern "C" long grid(long i) { return launches[i].grid; }
+extern "C" long block(long i) { return launches[i].block; }
+extern "C" long bytes(long i) { return static_cast<long>(launches[i].parameters.size()); }
+extern "C" void copy(long i, void* to) {
+  std::memcpy(to, launches[i].parameters.data(), launches[i].parameters.size());
+}
+"""
+
+SHIM = r"""
+#include <exception>
+#include <list>
+static Options options;
+static cuda::DeviceValues device_values;
+struct Given {
+  std::vector<Operands> operands;
+  Options options;
+  cuda::DeviceValues values;
+};
+static std::list<Given> given;
 extern "C" bool set_option(const char* name, double value) { return set(options, name, value); }
 extern "C" bool set_device_value(const char* name, uint64_t address) {
   return set(device_values, name, address);
@@ -250,25 +261,17 @@ extern "C" long plan(int storage, long capacity) {
   given.clear();
   return static_cast<long>(launches.size());
 }
-extern "C" const char* kernel(long i) { return launches[i].kernel.c_str(); }
-extern "C" long grid(long i) { return launches[i].grid; }
-extern "C" long block(long i) { return launches[i].block; }
-extern "C" long bytes(long i) { return static_cast<long>(launches[i].parameters.size()); }
-extern "C" void copy(long i, void* to) {
-  std::memcpy(to, launches[i].parameters.data(), launches[i].parameters.size());
-}
 """
 
 
 def compile_plan(csrc: Path, out: Path, defines: Sequence[str] = ()) -> Plan:
     """The host's plan, compiled from sources other than the installed ones."""
     shim = out / "shim.cpp"
-    shim.write_text(SHIM)
+    shim.write_text(SHIM_COMMON + SHIM)
     library = out / "plan.so"
     command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{csrc}", *defines]
     subprocess.run([*command, shim, csrc / "cuda" / "plan.cpp", "-o", library], check=True)
     code = ctypes.CDLL(str(library))
-    code.kernel.restype = ctypes.c_char_p
     code.set_option.argtypes = [ctypes.c_char_p, ctypes.c_double]
     code.set_option.restype = ctypes.c_bool
     code.set_device_value.argtypes = [ctypes.c_char_p, ctypes.c_uint64]
@@ -284,21 +287,21 @@ def compile_plan(csrc: Path, out: Path, defines: Sequence[str] = ()) -> Plan:
                 assert code.set_device_value(name.encode(), address), name
             table = np.array(rows, np.uint64).reshape(-1, 7)
             code.add_bucket(len(table), table.ctypes.data)
-        launches = []
-        for i in range(code.plan(list(STORAGES).index(storage), capacity)):
-            parameters = ctypes.create_string_buffer(code.bytes(i))
-            code.copy(i, parameters)
-            launches.append(
-                {
-                    "kernel": code.kernel(i).decode(),
-                    "grid": code.grid(i),
-                    "block": code.block(i),
-                    "parameters": parameters.raw,
-                }
-            )
-        return launches
+        return planned(code, code.plan(list(STORAGES).index(storage), capacity))
 
     return plan
+
+
+def planned(code: ctypes.CDLL, count: int) -> list[dict[str, Any]]:
+    """The launches that a shim has planned."""
+    code.kernel.restype = ctypes.c_char_p
+    launches = []
+    for i in range(count):
+        parameters = ctypes.create_string_buffer(code.bytes(i))
+        code.copy(i, parameters)
+        named = {"kernel": code.kernel(i).decode(), "grid": code.grid(i), "block": code.block(i)}
+        launches.append({**named, "parameters": parameters.raw})
+    return launches
 
 
 _modules: dict[tuple[Any, ...], ptx.Module] = {}
@@ -309,11 +312,12 @@ def module_for(
     csrc: Path = CSRC,
     flags: Sequence[str] = FLAGS,
     kernels: re.Pattern[str] | None = None,
+    source: str = "elements.cu",
 ) -> ptx.Module:
     """The kernels compiled from a source tree; ``kernels``: the names of those that are wanted."""
-    key = (arch, csrc, tuple(flags), kernels)
+    key = (arch, csrc, tuple(flags), kernels, source)
     if key not in _modules:
-        text = ptx.compile_ptx(csrc / "cuda" / "elements.cu", arch, flags)
+        text = ptx.compile_ptx(csrc / "cuda" / source, arch, flags)
         if kernels is not None:
             text = re.sub(
                 r"^\.visible \.entry (\w+)\(.*?^}\n",
@@ -386,7 +390,7 @@ def execute_groups(
 ) -> Outcome:
     """Lays the groups' tensors out in an arena and runs every launch of their plan."""
     arena = ptx.Arena()
-    placed = [_place(arena, dtype, group, count_zeros) for group in groups]
+    placed = [place(arena, dtype, group, count_zeros) for group in groups]
     outcome = Outcome([], [])
     for launch in plan(dtype, [bucket for bucket, _ in placed], capacity):
         outcome.results.append(
@@ -417,7 +421,7 @@ def execute_groups(
     return outcome
 
 
-def _place(
+def place(
     arena: ptx.Arena, dtype: str, group: Group, count_zeros: bool
 ) -> tuple[Bucket, list[tuple[Any, ...]]]:
     """Puts a group's tensors and device values into the arena."""

@@ -108,7 +108,8 @@ def check(report: Report, gpu: bool) -> None:
     # --noconftest: the suite's own needs programs beyond those listed above.
     tests = [*PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "--noconftest", "-c", os.devnull]
     tests += ["--rootdir", str(HERE), "--import-mode", "importlib", "-q", "-ra"]
-    report.part("Tests", [*tests, str(HERE / "test_cuda.py")])
+    files = [str(HERE / name) for name in ("test_cuda.py", "test_cuda_rows.py")]
+    report.part("Tests", [*tests, *files])
     speed = [*PYTHON, str(HERE / "gpu_speed.py")]
     report.part("Kernels and whole steps", [*speed, "--rehearse"] if not gpu else speed)
     for tool in ("memcheck", "racecheck"):

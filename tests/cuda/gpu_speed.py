@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from resnet50_sizes import resnet50_groups, resnet50_sizes
+from resnet50_sizes import resnet50_groups, resnet50_row_sets, resnet50_sizes
 
 from resnet_reg_ext import ProxSGD
 from resnet_reg_ext.functional import prox_sgd_
@@ -145,6 +145,21 @@ def optimizers() -> dict[str, Callable[[list[list[torch.nn.Parameter]]], Any]]:
     return made
 
 
+def coupled_channels() -> ProxSGD:
+    """An optimizer of ResNet-50's coupled channels, which are all parameters but the last layer."""
+    params, rows = [], []
+    for number, (count, widths) in enumerate(resnet50_row_sets()):
+        for width in widths:
+            shape = (max(1, count // SHRINK), width)
+            params.append(torch.nn.Parameter(torch.randn(shape, device=DEVICE)))
+            rows.append(number)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return ProxSGD(
+        [{"params": params, "rows": rows}], lr=1e-3, l1=1e-5, group_lasso=1e-6, fused=True
+    )
+
+
 def whole_steps() -> None:
     """Steps of ResNet-50 in two groups: on the device, and how long the host is busy."""
     steps: dict[str, Callable[[], Any]] = {}
@@ -157,6 +172,7 @@ def whole_steps() -> None:
         steps[name] = optimizer.step
         if name == "torch SGD, foreach" and not REHEARSAL:
             steps["torch SGD, compiled"] = torch.compile(optimizer.step)
+    steps["ProxSGD, group lasso"] = coupled_channels().step
     for name, step in steps.items():
         try:
             step()

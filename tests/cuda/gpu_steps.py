@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from resnet_reg_ext import ProxSGD
 from resnet_reg_ext.functional import prox_sgd_
 
 SIZES = (1, 5, 1023, 4099)
@@ -41,6 +42,29 @@ def step(dtype: torch.dtype, momentum_dtype: torch.dtype, master: bool, momentum
         )
 
 
+def coupled(dtype: torch.dtype, momentum_dtype: torch.dtype, master: bool, momentum: float) -> None:
+    """Steps sets of coupled rows, held and too long for it, with skewed gradients."""
+    params, rows = [], []
+    for number, (count, widths) in enumerate([(37, (5, 1, 600)), (2, (6001, 1))]):
+        for width in widths:
+            params.append(torch.nn.Parameter(torch.randn(count, width, device="cuda").to(dtype)))
+            rows.append(number)
+    optimizer = ProxSGD(
+        [{"params": params, "rows": rows}],
+        lr=0.1,
+        momentum=momentum,
+        group_lasso=0.1,
+        master_weights=master,
+        momentum_dtype=momentum_dtype if momentum_dtype == torch.bfloat16 else None,
+        track_sparsity=True,
+        fused=True,
+    )
+    for skew in (0, 1):
+        for p in params:
+            p.grad = skewed(p.numel(), skew, dtype).view_as(p)
+        optimizer.step()
+
+
 def main() -> None:
     """All kinds, or with --one one of them."""
     kinds = [(d, d, False) for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16)]
@@ -50,6 +74,8 @@ def main() -> None:
     for kind in kinds[:1] if "--one" in sys.argv else kinds:
         for momentum in (0.0, 0.9):
             step(*kind, momentum)
+            if "--one" not in sys.argv:
+                coupled(*kind, momentum)
     torch.cuda.synchronize()
 
 

@@ -22,3 +22,21 @@ def resnet50_groups() -> list[list[int]]:
     sizes = resnet50_sizes()
     weights = [*sizes[:-2:3], sizes[-2]]
     return [weights, [n for i, n in enumerate(sizes[:-2]) if i % 3] + sizes[-1:]]
+
+
+def resnet50_row_sets() -> list[tuple[int, list[int]]]:
+    """ResNet-50's coupled channels: for each set its rows, and how long they are in each parameter.
+
+    A convolution comes with its norm's weight and bias. What is added up, in the four residual
+    streams, is one set.
+    """
+    sets = [(64, [147, 1, 1])]
+    inside = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        stream = [inside, 1, 1]  # of the shortcut
+        for _ in range(blocks):
+            sets += [(width, [inside, 1, 1]), (width, [width * 9, 1, 1])]
+            stream += [width, 1, 1]
+            inside = width * 4
+        sets.append((width * 4, stream))
+    return sets

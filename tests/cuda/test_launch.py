@@ -37,6 +37,9 @@ seen["another device's context before"] = launch(1)
 value("refused_from").value = 5
 seen["the second is refused"] = launch(1)
 seen["no such table"] = launch(1, 2)
+value("refused_from").value = -1
+code.launch_rows(1, ctypes.c_void_p(0x5EA), 10)
+seen["kernel of coupled rows"] = ctypes.c_void_p.in_dll(code, "last_kernel").value
 seen["usable"] = [code.why_unusable(device).decode() for device in (0, 1)]
 seen["current context at last"] = current.value
 print(json.dumps(seen))
@@ -56,6 +59,7 @@ EXPECTED = {
         "current context": 1,
         "launches": 5,
     },
+    "kernel of coupled rows": 1010,
     "usable": [
         "",
         "no kernel of this build runs on CUDA device 1 (compute capability 3.5): reinstall with "
@@ -79,6 +83,7 @@ MUTANTS = [
     Mutant(
         "device put back by a new context", "set_context()(previous_); }", "cudaSetDevice(0); }"
     ),
+    Mutant("rows take the kernel of elements", "launch.coupled_rows\n", "false\n"),
     Mutant("table's size unchecked", "if (kernel == nullptr) {", "if (false) {"),
 ]
 

@@ -38,6 +38,7 @@ class Mutant(NamedTuple):
 
 UPDATE, PROX, ROUNDING = "math/update.h", "math/prox.h", "math/rounding.h"
 KERNEL, PACKS, PLAN = "cuda/elements.cu", "cuda/packs.cuh", "cuda/plan.cpp"
+DEVICE = "cuda/device.cuh"
 MUTANTS = [
     # the shared math
     Mutant(
@@ -260,14 +261,14 @@ MUTANTS = [
     ),
     Mutant(
         "warps' zeros added before they are known",
-        KERNEL,
+        DEVICE,
         "= number;\n  __syncthreads();",
         "= number;",
         "race",
     ),
     Mutant(
         "float32 learning rate read as float64",
-        KERNEL,
+        DEVICE,
         "      return *static_cast<const float*>(address);",
         "      return *static_cast<const double*>(address);",
         "bytes",
@@ -324,14 +325,14 @@ MUTANTS = [
     ),
     Mutant(
         "zeros counted by one lane of a warp",
-        KERNEL,
+        DEVICE,
         "number += __shfl_xor_sync(0xffffffffu, number, distance)",
         "number += distance - distance",
         "zeros",
     ),
     Mutant(
         "zeros added without an atomic",
-        KERNEL,
+        DEVICE,
         "atomicAdd(reinterpret_cast<unsigned long long*>(counter), "
         "static_cast<unsigned long long>(sum));",
         "*counter += sum;",
@@ -353,7 +354,7 @@ MUTANTS = [
     ),
     Mutant(
         "device's learning rate ignored",
-        KERNEL,
+        DEVICE,
         "if (from.lr) scheduled.lr = number_at(from.lr, from.lr_dtype);",
         "",
         "bytes",
@@ -409,7 +410,7 @@ MUTANTS = [
     ),
     Mutant(
         "zeros of a tensor that is wholly zero not counted",
-        KERNEL,
+        DEVICE,
         "if (sum != 0) {",
         "if (sum % 256 != 0) {",
         "zeros",
@@ -753,7 +754,7 @@ def build_of(mutant: Mutant, csrc: Path, out: Path, shipped: Build) -> Build:
     module, plan = shipped.module, shipped.plan
     if mutant.file != PLAN:
         module = module_of(csrc, mutant.flags, mutant)
-    if mutant.file not in (KERNEL, PACKS, PROX):
+    if mutant.file not in (KERNEL, PACKS, DEVICE, PROX):
         plan = harness.compile_plan(csrc, out, [SMALL_TABLE])
     return Build(csrc, module, plan, mutant.flags)
 

@@ -30,9 +30,11 @@ class Resources(NamedTuple):
     spills: int
 
 
-def resources(csrc: Path, arch: str, flags: tuple[str, ...]) -> dict[str, Resources]:
+def resources(
+    csrc: Path, arch: str, flags: tuple[str, ...], source: str = "elements.cu"
+) -> dict[str, Resources]:
     """What each kernel takes, from `ptxas -v`."""
-    _, text = ptx.compile_cubin(csrc / "cuda" / "elements.cu", arch, flags)
+    _, text = ptx.compile_cubin(csrc / "cuda" / source, arch, flags)
     found = {}
     for part in text.split("Compiling entry function")[1:]:
         name = re.search(r"'(\w+)'", part)

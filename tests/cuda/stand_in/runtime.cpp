@@ -4,7 +4,7 @@
 
 #include <exception>
 
-#include "cuda/params.h"
+#include "cuda/row_table.h"
 
 extern "C" {
 long current = 0;       // the thread's context; 0: none
@@ -60,6 +60,9 @@ namespace prox_sgd::cuda {
 const void* kernel_address(Storage, bool, size_t table_bytes) {
   return table_bytes < 3 ? nullptr : reinterpret_cast<const void*>(table_bytes);
 }
+const void* row_kernel_address(Storage storage, size_t table_bytes) {
+  return kernel_address(storage, false, table_bytes + 1000);
+}
 }  // namespace prox_sgd::cuda
 
 // What Python calls: two launches of tables of so many bytes on a device and a stream; what was
@@ -75,6 +78,13 @@ extern "C" const char* launch_two(int device, void* stream, int bytes) {
     thrown = error.what();
   }
   return thrown.c_str();
+}
+// A launch of coupled rows.
+extern "C" void launch_rows(int device, void* stream, int bytes) {
+  prox_sgd::cuda::Launch launch{"rows", false, 3, 256, {}};
+  launch.parameters.resize(static_cast<size_t>(bytes));
+  launch.coupled_rows = true;
+  prox_sgd::cuda::launch({launch}, prox_sgd::Storage::float32, device, stream);
 }
 extern "C" const char* why_unusable(int device) {
   static std::string why;
