@@ -82,7 +82,10 @@ def block(results: dict[str, dict[str, Any]]) -> str:
     for name, of_experiment in figures.items():
         parts += [f"### {TITLES[name]}", *_section(name, of_experiment)]
     if TARGET in results:
-        parts += ["### The group lasso, steered to a share", *_target_section(results[TARGET])]
+        parts += [
+            "### The group lasso, steered to a share",
+            *_target_section(results[TARGET], results.get("digits")),
+        ]
     parts += [
         f"{title}: no figures are committed yet; made by `{COMMANDS[name]}`."
         for name, title in {**TITLES, TARGET: "The group lasso, steered to a share"}.items()
@@ -96,20 +99,36 @@ def with_latency(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
     return {name: of_experiment for name, of_experiment in results.items() if name in TITLES}
 
 
-def _target_section(results: dict[str, Any]) -> list[str]:
+def _target_section(results: dict[str, Any], ranked: dict[str, Any] | None) -> list[str]:
+    """The table; beside it the same runs without removal, and by Taylor expansion."""
     rows = []
+    others = [] if ranked is None else ranked["runs"]
     for asked in sorted({run["asked"] for run in results["runs"]}):
         runs = [run for run in results["runs"] if run["asked"] == asked]
         got = ", ".join(f"{100 * run['share']:.2f} %" for run in runs)
         farthest = max(abs(run["share"] - asked) for run in runs)
         accuracy = spread([run["test_accuracy"] for run in runs])
-        rows.append([f"{100 * asked:.0f} %", got, f"{100 * farthest:.2f} points", accuracy])
+        row = [f"{100 * asked:.0f} %", got, f"{100 * farthest:.2f} points", accuracy]
+        for variant in (f"{asked:g}", "dense"):
+            beside = [run["test_accuracy"] for run in others if run["variant"] == variant]
+            row.append(spread(beside) if beside else "not run")
+        rows.append(row)
     run = results["run"]
     return [
         f"{results['conditions']}, {run['image_size']} px, {run['epochs']} epochs, batch "
         f"{run['batch_size']}, lr {run['lr']:g}, `--method prox`. Of {results['channels']:,} "
         "channels.",
-        grid(["asked", "taken out, by seed", "farthest off", "test accuracy"], rows),
+        grid(
+            [
+                "asked",
+                "taken out, by seed",
+                "farthest off",
+                "test accuracy",
+                "by Taylor expansion",
+                "dense",
+            ],
+            rows,
+        ),
         f"{results['machine']['cpu']}, torch {results['machine']['versions']['torch']}, "
         f"{results['date']}. Made by `{COMMANDS[TARGET]}`.",
     ]
