@@ -16,7 +16,7 @@ pytestmark = pytest.mark.one_torch
 
 @pytest.mark.parametrize("atomic", [True, False])
 def test_the_counter_of_zeros_is_written_without_a_race(tmp_path: Path, atomic: bool) -> None:
-    """By ThreadSanitizer, which sees no end of libgomp's parallel regions: one line is looked at."""
+    """By ThreadSanitizer. It sees no end of a parallel region: only one line is looked at."""
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("__pycache__"))
     launcher = csrc / "cpu" / "launch.cpp"
