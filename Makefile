@@ -48,7 +48,7 @@ test-sanitize: .venv/.ready
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc $(BOTH_CORES) \
-		$(BIN)/pytest -q -p no:cacheprovider -n 2 tests/core -m sanitized
+		$(BIN)/pytest -q -p no:cacheprovider -n 2 tests/core -m "sanitized and not new_process"
 
 # One wheel on every torch that is supported, from the oldest to the newest; downloads some 15 GB.
 test-matrix: $(WHEEL)
@@ -141,8 +141,11 @@ $(WHEEL): $(SOURCES) | .venv/.torch
 	$(BIN)/pip install $(PIP_FLAGS) "$$(echo build/wheel/*.whl)[dist]"
 	touch $@
 
-.venv-older/.ready: $(WHEEL)
+.venv-older/.torch:
 	$(PYTHON) -m venv .venv-older
 	$(OLD)/pip install $(PIP_FLAGS) $(OLDER_TORCH) numpy scipy scikit-learn safetensors pytest pytest-xdist hypothesis
+	touch $@
+
+.venv-older/.ready: $(WHEEL) | .venv-older/.torch
 	$(OLD)/pip install $(PIP_FLAGS) --no-deps --force-reinstall build/wheel/*.whl
 	touch $@

@@ -116,8 +116,8 @@ MUTANTS = [
     Mutant(
         "threads converted by Python code",
         "bindings.cpp",
-        "const py::int_& threads,",
-        "const py::object& threads,",
+        "const py::int_& threads)",
+        "const py::object& threads)",
         "no_python_runs",
     ),
     Mutant(
@@ -177,7 +177,7 @@ MUTANTS = [
     Mutant(
         "storages not compared",
         "row_bindings.cpp",
-        "place.batch->storage != set.storage || ",
+        "batch.storage != set.storage || ",
         "",
         "unlike",
     ),

@@ -582,6 +582,7 @@ def test_a_reading_keeps_its_tensors_alive():
     assert alive() is None
 
 
+@pytest.mark.new_process
 @pytest.mark.parametrize("found", ["5", "object()", "None"])
 def test_an_exchange_api_that_is_none_of_torchs_is_not_used(found):
     script = (

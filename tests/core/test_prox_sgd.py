@@ -402,6 +402,7 @@ for step in (lambda: fused(True), lambda: fused(False), lambda: torch._foreach_n
 """
 
 
+@pytest.mark.new_process
 def test_what_memory_a_step_needs_beyond_the_state(tmp_path):
     out = subprocess.run(
         [sys.executable, "-c", MEMORY_PROBE], cwd=tmp_path, stdout=subprocess.PIPE, check=True

@@ -285,6 +285,7 @@ def run_probe(tmp_path, **environment):
     )
 
 
+@pytest.mark.new_process
 def test_environment_variable_picks_the_level(tmp_path):
     p = torch.nn.Parameter(torch.linspace(-1, 1, 100_003))
     optimizer = ProxSGD([p], lr=0.1, l1=0.02, weight_decay=0.3, fused=False)
@@ -297,6 +298,7 @@ def test_environment_variable_picks_the_level(tmp_path):
         assert result.stdout.split() == [level, checksum], result.stderr
 
 
+@pytest.mark.new_process
 def test_environment_variable_with_an_unknown_level(tmp_path):
     result = run_probe(tmp_path, RESNET_REG_EXT_SIMD="avx1024")
     assert result.returncode != 0

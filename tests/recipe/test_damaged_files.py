@@ -202,8 +202,9 @@ def test_files_of_options(tmp_path, capsys, monkeypatch):
     options = {**asdict(Run()), "val_fraction": 0.5}
     for name, content in variants(options, [[], {}, True, "x\0y", [[]], {"a": 1}, float("inf")]):
         path.write_text(yaml.safe_dump(content))
-        # Without that a valid file would begin a run.
-        assert answer(["train", "--config", path, "--weights", "/no/where"], capsys, name), name
+        # Without that a valid file would begin a run. A folder is looked for before weights are.
+        missing = "--weights" if "data" in name else "--data"
+        assert answer(["train", "--config", path, missing, "/no/where"], capsys, name), name
     path.write_bytes(b"data: caf\xe9")
     assert "is not YAML" in answer(["train", "--config", path], capsys, "latin-1")
     assert [p.name for p in tmp_path.iterdir()] == ["x.yaml"]

@@ -174,10 +174,13 @@ def test_a_closed_terminal_leaves_a_checkpoint(tmp_path):
     assert not parts(tmp_path)
 
 
-def test_ctrl_c_while_a_checkpoint_is_written_is_no_full_disk(tmp_path):
+def test_ctrl_c_while_a_checkpoint_is_written_is_no_full_disk(tmp_path, request):
+    # A shell starts a background job with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     path = tmp_path / "best.ckpt"
     WholeFiles().save_checkpoint({"x": torch.ones(3)}, path)
-    before = path.read_bytes()
+    content = path.read_bytes()
 
     child = os.fork()
     if child == 0:
@@ -190,7 +193,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_no_full_disk(tmp_path):
             WholeFiles().save_checkpoint({str(i): torch.ones(10**6) for i in range(200)}, path)
     finally:
         os.waitpid(child, 0)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
 
 
