@@ -226,10 +226,12 @@ def _draw_panel(axes: Any, title: str, results: dict[str, Any]) -> None:
     y = [mean(row["accuracy"]) for row in rows]
     errors = [stdev(row["accuracy"]) if len(row["accuracy"]) > 1 else 0 for row in rows]
     axes.errorbar(x, y, yerr=errors, color=colour, marker="o", capsize=3, linewidth=1)
-    for row, left, height in zip(rows, x, y, strict=True):
+    for row, left, height, error in zip(rows, x, y, errors, strict=True):
         axes.scatter([left] * len(row["accuracy"]), row["accuracy"], s=10, color=INK, zorder=3)
         label = "dense" if row["variant"] == "dense" else f"{share_of(row['variant'])} off"
-        axes.annotate(label, (left, height), textcoords="offset points", xytext=(6, -14))
+        top = max(height + error, *row["accuracy"])
+        offset = {"textcoords": "offset points", "xytext": (0, 6), "ha": "center"}
+        axes.annotate(label, (left, top), **offset)
     axes.set_xscale("log")
     axes.set_xticks(x, [f"{value:.3g}" for value in x])
     axes.minorticks_off()
