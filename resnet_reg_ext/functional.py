@@ -219,6 +219,14 @@ def prox_sgd_(
         starts=None if starts is None else list(starts),
         name="params[{}]".format,
     )
+    _check_lists(bucket)
+    run = dispatch.prepare(bucket, checked, fused=fused)
+    assert not isinstance(run, Skip)  # only found_inf, which isn't given, skips a step
+    run()
+
+
+def _check_lists(bucket: Bucket) -> None:
+    """Refuses lists of different lengths, and what isn't a tensor or is a lazily negated one."""
     for name, tensors in (
         ("params", bucket.params),
         ("grads", bucket.grads),
@@ -233,6 +241,3 @@ def prox_sgd_(
                 raise TypeError(f"{name}[{i}] is a {type(tensor).__name__}: must be a tensor")
             if name != "grads":
                 check_not_negated(tensor, "it", f"{name}[{i}]".format)
-    run = dispatch.prepare(bucket, checked, fused=fused)
-    assert not isinstance(run, Skip)  # only found_inf, which isn't given, skips a step
-    run()

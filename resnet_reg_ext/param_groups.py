@@ -131,11 +131,7 @@ def param_groups(
         >>> optimizer = ProxSGD(param_groups(model, l1=1e-5, weight_decay=1e-4), lr=0.1)
         >>> groups = param_groups(model, toward="start", new="fc.*")  # to fine-tune
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"param_groups: model is a {type(model).__name__}: must be a module, whose layers tell "
-            "which parameters to regularise"
-        )
+    _check_model(model)
     lasso = finite_and_not_negative(group_lasso, "param_groups: group_lasso")
     _check_toward(toward, new, lasso)
     _check_for_lasso(lasso, importance, min_keep)
@@ -158,38 +154,36 @@ def param_groups(
             unless_included.add(parameter)
     if not names:
         raise ValueError("param_groups: the model has no parameters")
-    excluded.check_all_matched()
-    included.check_all_matched()
-    unpretrained.check_all_matched()
-    unregularised = never | (unless_included - wanted)
+    for patterns in (excluded, included, unpretrained):
+        patterns.check_all_matched()
     regularised = {"l1": l1, "weight_decay": weight_decay}
-    kinds: list[tuple[set[nn.Parameter], dict[str, Any]]] = [
-        (unregularised, {"l1": 0.0, "weight_decay": 0.0}),
-        (without_start, {**regularised, "toward": "zero"}),
-        (set(names), {**regularised, "toward": "start"} if toward == "start" else regularised),
-    ]
-    groups: list[dict[str, Any]] = []
-    taken: set[nn.Parameter] = set()
-    for kind, options in kinds:
-        members = [(n, p) for p, n in names.items() if p in kind and p not in taken]
-        taken |= kind
-        if members:
-            groups.insert(0, {"params": members, **options})
+    groups = _by_kind(
+        names,
+        [
+            (never | (unless_included - wanted), {"l1": 0.0, "weight_decay": 0.0}),
+            (without_start, {**regularised, "toward": "zero"}),
+            (set(names), {**regularised, "toward": "start"} if toward == "start" else regularised),
+        ],
+    )
     if lasso > 0:
-        rows, weights = coupled_rows(
-            model,
-            example_inputs,
-            excluded.matched,
-            sets=sets,
-            importance=importance,
-            min_keep=min_keep,
-        )
-        for group in groups:
-            of_group = [names[parameter] for _, parameter in group["params"]]
-            group["group_lasso"] = lasso
-            group["rows"] = [rows.get(name) for name in of_group]
-            group["row_weights"] = [weights.get(name) for name in of_group]
+        guard: dict[str, Any] = {"sets": sets, "importance": importance, "min_keep": min_keep}
+        rows, weights = coupled_rows(model, example_inputs, excluded.matched, **guard)
+        _couple(groups, lasso, rows, weights)
     return groups
+
+
+def _couple(
+    groups: Sequence[dict[str, Any]],
+    group_lasso: float,
+    rows: Mapping[str, int],
+    weights: Mapping[str, Any],
+) -> None:
+    """Gives groups the options of the group lasso; ``rows`` and ``weights`` are by name."""
+    for group in groups:
+        names = [name for name, _ in group["params"]]
+        group["group_lasso"] = group_lasso
+        group["rows"] = [rows.get(name) for name in names]
+        group["row_weights"] = [weights.get(name) for name in names]
 
 
 def _check_for_lasso(group_lasso: float, importance: Any, min_keep: float) -> None:
@@ -198,6 +192,34 @@ def _check_for_lasso(group_lasso: float, importance: Any, min_keep: float) -> No
         raise ValueError(
             "param_groups: importance and min_keep are for group_lasso, which is 0: give one above"
         )
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"param_groups: model is a {type(model).__name__}: must be a module, whose layers tell "
+            "which parameters to regularise"
+        )
+
+
+def _by_kind(
+    names: Mapping[nn.Parameter, str],
+    kinds: Sequence[tuple[set[nn.Parameter], dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """A group of each kind's parameters, where it has any; the first kind's comes last.
+
+    Args:
+        names: all parameters.
+        kinds: parameters and the options of their group; a parameter is of the first that has it.
+    """
+    groups: list[dict[str, Any]] = []
+    taken: set[nn.Parameter] = set()
+    for kind, options in kinds:
+        members = [(n, p) for p, n in names.items() if p in kind and p not in taken]
+        taken |= kind
+        if members:
+            groups.insert(0, {"params": members, **options})
+    return groups
 
 
 def _check_toward(toward: str, new: str | Sequence[str], group_lasso: float) -> None:

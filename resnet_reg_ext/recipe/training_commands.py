@@ -142,9 +142,8 @@ def _budget(args: argparse.Namespace) -> Budget:
     return Budget(args.points, args.minutes, args.steps)
 
 
-def _compare(arguments: list[str]) -> None:
-    parser = parser_of("compare")
-    add_run_options(parser, COMPARED)
+def _add_arms(parser: Parser) -> None:
+    """Options of what `compare` compares."""
     parser.add_argument(
         "--seeds", type=Number(int, 1), default=1, help="how many, from --seed on (default: 1)"
     )
@@ -174,6 +173,12 @@ def _compare(arguments: list[str]) -> None:
         action="store_true",
         help="find each arm's own best strength on the validation images first, as `tune` does",
     )
+
+
+def _compare(arguments: list[str]) -> None:
+    parser = parser_of("compare")
+    add_run_options(parser, COMPARED)
+    _add_arms(parser)
     _add_search(parser, TUNE_MINUTES)
     add_out(parser, "out/compare")
     args = settle(parser, arguments, "compare")

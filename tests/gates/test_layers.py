@@ -97,6 +97,24 @@ def test_imports_are_found():
     assert any(imports_of(module) for module in MODULES if module.startswith("recipe."))
 
 
+def lines_of(function):
+    """The lines of a function, its docstring not counted."""
+    first = function.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    docstring = first.end_lineno - first.lineno + 1 if is_docstring else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def test_no_function_is_long():
+    found = [
+        f"{path.name}: {node.name}: {lines_of(node)}"
+        for path in (*PACKAGE.rglob("*.py"), *CSRC.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and lines_of(node) > 60
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize("folder", [PACKAGE, CSRC], ids=lambda path: path.name)
 def test_no_file_is_long(folder):
     """A module that needs more than 350 lines does more than one job."""
