@@ -72,9 +72,6 @@ def train(
         Stopped: a signal came; ``last.ckpt`` is what to resume from.
     """
     be_quiet()
-    # A former run's trainer and model refer to each other. Few objects, but hundreds of megabytes:
-    # Python's collector, which counts objects, would come late.
-    gc.collect()
     last = out / "last.ckpt"
     before = _before(out, resume)
     run = settled(run, before)
@@ -84,6 +81,9 @@ def train(
     check_images(run, images)
     if before is not None:
         check_resumable(before, last, images)
+    # A former run's trainer and model refer to each other. Few objects, but hundreds of megabytes:
+    # Python's collector, which counts objects, would come late.
+    gc.collect()
     classifier = Classifier(run, images.classes, images.source, class_weights(run, images.train))
     if before is not None:
         shape_as(classifier, before, last)
