@@ -86,8 +86,7 @@ void bind_keywords(py::module_& m, const char* name, const char* doc, bool all_r
   });
 }
 
-// ---- SIMD levels by name
-// -------------------------------------------------------------------------
+// ---- SIMD levels by name ------------------------------------------------------------------------
 
 std::vector<std::string> simd_levels() {
   std::vector<std::string> names;

@@ -222,18 +222,17 @@ class ChannelSteering:
 
     def _tell_lost(self, gone: Mapping[int, int]) -> None:
         """Warns, once, of each set that has no channel left."""
-        names = {}
-        for number, of_set in members_of(self.optimizer.param_groups).items():
-            (g, i), _ = of_set[0]
-            names[number] = parameter_place(self.optimizer.param_groups[g], g, i)
-        for number, size in self.sizes.items():
-            if gone.get(number, 0) == size and number not in self.lost:
-                self.lost.append(number)
-                warnings.warn(
-                    f"{_WHO}: all {size} channels of {names.get(number, 'a set')} are zero: what "
-                    "goes through such a layer is lost; param_groups(min_keep=0.1) keeps a tenth",
-                    stacklevel=5,
-                )
+        lost = [number for number, size in self.sizes.items() if gone.get(number, 0) == size]
+        for number in sorted(set(lost) - set(self.lost)):
+            self.lost.append(number)
+            groups, name = self.optimizer.param_groups, "a set"
+            for (g, i), _ in members_of(groups).get(number, ())[:1]:
+                name = parameter_place(groups[g], g, i)
+            warnings.warn(
+                f"{_WHO}: all {self.sizes[number]} channels of {name} are zero: what goes through "
+                "such a layer is lost; param_groups(min_keep=0.1) keeps a tenth",
+                stacklevel=5,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The counts at the start, what was told, and how the strength is taken."""

@@ -135,8 +135,8 @@ def param_groups(
     lasso = finite_and_not_negative(group_lasso, "param_groups: group_lasso")
     _check_toward(toward, new, lasso)
     _check_for_lasso(lasso, importance, min_keep)
-    excluded, included = _Patterns("exclude", exclude), _Patterns("include", include)
-    unpretrained = _Patterns("new", new)
+    given = {"exclude": exclude, "include": include, "new": new}
+    excluded, included, unpretrained = every = [_Patterns(*one) for one in given.items()]
     names: dict[nn.Parameter, str] = {}
     never, unless_included, wanted = scale_invariant_parameters(model), set(), set()
     without_start: set[nn.Parameter] = set()
@@ -154,7 +154,7 @@ def param_groups(
             unless_included.add(parameter)
     if not names:
         raise ValueError("param_groups: the model has no parameters")
-    for patterns in (excluded, included, unpretrained):
+    for patterns in every:
         patterns.check_all_matched()
     regularised = {"l1": l1, "weight_decay": weight_decay}
     groups = _by_kind(
@@ -166,8 +166,14 @@ def param_groups(
         ],
     )
     if lasso > 0:
-        guard: dict[str, Any] = {"sets": sets, "importance": importance, "min_keep": min_keep}
-        rows, weights = coupled_rows(model, example_inputs, excluded.matched, **guard)
+        rows, weights = coupled_rows(
+            model,
+            example_inputs,
+            excluded.matched,
+            sets=sets,
+            importance=importance,
+            min_keep=min_keep,
+        )
         _couple(groups, lasso, rows, weights)
     return groups
 

@@ -1,9 +1,9 @@
 // Runs sets of coupled rows on threads, in pieces of some rows of all parameters of a set.
 #include <algorithm>
-#include <cmath>
 #include <utility>
 #include <vector>
 
+#include "../math/row_factor.h"
 #include "../math/update.h"
 #include "../rows.h"
 #include "rows.h"
@@ -77,13 +77,9 @@ Rows rows_of(const RowMember& member, const Piece& piece, const RowKernels& kern
 // Turns the sum of squares of each row of a piece into its factor.
 void to_factors(double* sums, const Piece& piece, double lr) {
   const RowSet& set = *piece.set;
-  const double base = lr * set.lasso;
   for (int64_t row = 0; row < piece.end - piece.begin; ++row) {
-    const double t = base * (set.weights == nullptr ? set.weight : set.weights[piece.begin + row]);
-    const double norm = std::sqrt(sums[row]);
-    double factor = norm <= t ? 0.0 : 1.0 - t / norm;
-    if (t == 0.0) factor = 1.0;
-    sums[row] = factor;
+    const double weight = set.weights == nullptr ? set.weight : set.weights[piece.begin + row];
+    sums[row] = row_factor(sums[row], row_threshold(lr, set.lasso, weight));
   }
 }
 

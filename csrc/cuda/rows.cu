@@ -5,6 +5,7 @@
 // that is too long for that is taken in parts, twice: once for its squares, and once, computed
 // anew, to be scaled. Nothing is stored before the factors are known, but for momentum, which the
 // first pass over a long row leaves alone.
+#include "../math/row_factor.h"
 #include "device.cuh"
 #include "row_spans.cuh"
 #include "row_table.h"
@@ -23,16 +24,11 @@ __device__ __forceinline__ GroupNow<C> now(const Group<C>& group) {
   return made;
 }
 
-// What a row is multiplied with, given its sum of squares and its threshold.
+// What a row is multiplied with, given its sum of squares.
 template <typename C>
-__device__ __forceinline__ C factor_of(double sum, double t) {
-  if (t == 0.0) return C(1);
-  const double norm = __dsqrt_rn(sum);
-  return norm <= t ? C(0) : static_cast<C>(sub_(1.0, div_(t, norm)));
-}
-
-__device__ __forceinline__ double threshold_of(const SetEntry& set, double lr, int64_t row) {
-  return mul_(mul_(lr, set.lasso), set.weights == nullptr ? set.weight : set.weights[row]);
+__device__ __forceinline__ C factor_of(const SetEntry& set, double lr, int64_t row, double sum) {
+  const double weight = set.weights == nullptr ? set.weight : set.weights[row];
+  return static_cast<C>(row_factor(sum, row_threshold(lr, set.lasso, weight)));
 }
 
 // Calls take(member, span, first sum) for the spans of some rows of a set, which all are held.
@@ -84,7 +80,7 @@ __device__ __forceinline__ void step_piece(const Table& table, const SetEntry& s
     each([&](const MemberEntry&, const Span<T>& span, int first_sum) {
       sum = add_(sum, with_squares(0.0, span, s, first_sum, row));
     });
-    s.factors[row] = factor_of<C>(sum, threshold_of(set, lr, first + row));
+    s.factors[row] = factor_of<C>(set, lr, first + row, sum);
   }
   __syncthreads();
   each([&](const MemberEntry& member, const Span<T>& span, int) {
@@ -143,7 +139,7 @@ __device__ __forceinline__ void step_long_row(const Table& table, const SetEntry
     };
     for_each_part<T>(table, set, s, row, take);
     if (pass == 0) {
-      if (threadIdx.x == 0) s.factors[0] = factor_of<C>(sum, threshold_of(set, lr, row));
+      if (threadIdx.x == 0) s.factors[0] = factor_of<C>(set, lr, row, sum);
       __syncthreads();
     }
   }

@@ -1,7 +1,8 @@
 // Operations with exactly one rounding, to nearest even, the same on every processor.
 //
-// fma_() rounds once, and so does each of mul_(), add_(), sub_() and div_(). The build forbids the
-// compiler to contract them (-ffp-contract=off, --fmad=false): all backends give the same bits.
+// fma_() rounds once, and so does each of mul_(), add_(), sub_(), div_() and sqrt_(). The build
+// forbids the compiler to contract them (-ffp-contract=off, --fmad=false): all backends give the
+// same bits.
 #pragma once
 
 #include "float_types.h"
@@ -27,6 +28,7 @@ PROX_SGD_HD double add_(double a, double b) { return __dadd_rn(a, b); }
 PROX_SGD_HD double sub_(double a, double b) { return __dadd_rn(a, -b); }
 PROX_SGD_HD float div_(float a, float b) { return __fdiv_rn(a, b); }
 PROX_SGD_HD double div_(double a, double b) { return __ddiv_rn(a, b); }
+PROX_SGD_HD double sqrt_(double a) { return __dsqrt_rn(a); }
 
 #else
 
@@ -39,6 +41,7 @@ PROX_SGD_HD double add_(double a, double b) { return a + b; }
 PROX_SGD_HD double sub_(double a, double b) { return a - b; }
 PROX_SGD_HD float div_(float a, float b) { return a / b; }
 PROX_SGD_HD double div_(double a, double b) { return a / b; }
+PROX_SGD_HD double sqrt_(double a) { return __builtin_sqrt(a); }
 
 #endif
 

@@ -204,14 +204,14 @@ def prepare_rows(readings: Sequence[Any], parts: Sequence[Part], sets: Sequence[
         described.append((list(one.members), one.rows, lasso, number, address))
     plan = _C.RowPlan(steps, described)
 
-    def run() -> None:
-        assert len(weights) <= len(sets)  # keeps them alive, and the values
-        assert len(on_devices) == len(parts)
-        for part in parts:
-            raise_versions(part.bucket.written())
-        _C.prox_sgd_rows_(_reader, plan, torch.get_num_threads())
+    return partial(_run_rows, plan, parts, (weights, on_devices))
 
-    return run
+
+def _run_rows(plan: Any, parts: Sequence[Part], _kept: Any) -> None:
+    """Takes a planned step; ``_kept`` has the tensors whose addresses the plan holds."""
+    for part in parts:
+        raise_versions(part.bucket.written())
+    _C.prox_sgd_rows_(_reader, plan, torch.get_num_threads())
 
 
 def beyond_cuda_rows(one: RowSet, parts: Sequence[Part]) -> str:

@@ -141,16 +141,16 @@ MUTANTS = [
     Mutant("zeros by a product", ROWS, "if (factor == C(0)) {", "if (false) {", "at_its_threshold"),
     Mutant(
         "a NaN becomes zero",
-        ROW_LAUNCH,
-        "norm <= t ? 0.0 : 1.0 - t / norm",
-        "norm > t ? 1.0 - t / norm : 0.0",
+        "math/row_factor.h",
+        "norm <= t ? 0.0 : sub_(1.0, div_(t, norm))",
+        "norm > t ? sub_(1.0, div_(t, norm)) : 0.0",
         "nan",
     ),
     Mutant(
         "a threshold of 0 clears -0",
-        ROW_LAUNCH,
-        "if (t == 0.0) factor = 1.0;",
-        "",
+        "math/row_factor.h",
+        "t == 0.0 ? 1.0 : factor",
+        "factor",
         "threshold_of_0",
     ),
     Mutant(

@@ -377,6 +377,27 @@ def execute(
     return execute_groups(module, plan, dtype, [group], **more)
 
 
+def run_all(
+    module: ptx.Module, launches: Sequence[dict[str, Any]], arena: ptx.Arena, **more: Any
+) -> Outcome:
+    """Runs the launches of a plan; ``more`` goes to each."""
+    outcome = Outcome([], [])
+    for launch in launches:
+        outcome.results.append(
+            ptx.launch(
+                module,
+                launch["kernel"],
+                grid=launch["grid"],
+                block=launch["block"],
+                params=launch["parameters"],
+                memory=arena,
+                **more,
+            )
+        )
+    outcome.guards = arena.check_guards()
+    return outcome
+
+
 def execute_groups(
     module: ptx.Module,
     plan: Plan,
@@ -391,21 +412,8 @@ def execute_groups(
     """Lays the groups' tensors out in an arena and runs every launch of their plan."""
     arena = ptx.Arena()
     placed = [place(arena, dtype, group, count_zeros) for group in groups]
-    outcome = Outcome([], [])
-    for launch in plan(dtype, [bucket for bucket, _ in placed], capacity):
-        outcome.results.append(
-            ptx.launch(
-                module,
-                launch["kernel"],
-                grid=launch["grid"],
-                block=launch["block"],
-                params=launch["parameters"],
-                memory=arena,
-                races=races,
-                budget=budget,
-            )
-        )
-    outcome.guards = arena.check_guards()
+    launches = plan(dtype, [bucket for bucket, _ in placed], capacity)
+    outcome = run_all(module, launches, arena, races=races, budget=budget)
     storage = STORAGES[dtype]
     for group, (_, places) in zip(groups, placed, strict=True):
         for (p, _, m, w, _, z), t in zip(places, group.tensors, strict=True):

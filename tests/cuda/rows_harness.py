@@ -162,20 +162,8 @@ def execute(
             number, address = 0.0, arena.allocate(len(data), data=data, writable=False).address
         members = [(rows[id(t)], group) for t, group in one.members]
         described.append((members, one.rows, lasso, number, address))
-    outcome = harness.Outcome([], [])
-    for launch in plan(case.storage, given, described, capacity):
-        outcome.results.append(
-            ptx.launch(
-                module,
-                launch["kernel"],
-                grid=launch["grid"],
-                block=launch["block"],
-                params=launch["parameters"],
-                memory=arena,
-                **more,
-            )
-        )
-    outcome.guards = arena.check_guards()
+    launches = plan(case.storage, given, described, capacity)
+    outcome = harness.run_all(module, launches, arena, **more)
     storage = harness.STORAGES[case.storage]
     for one in case.sets:
         for t, _ in one.members:

@@ -25,6 +25,7 @@ FLAGS = tuple(flag for flag in harness.FLAGS if flag != "-lineinfo")  # half of 
 KERNEL, SPANS, TABLE, PLAN = (
     f"cuda/{name}" for name in ("rows.cu", "row_spans.cuh", "row_table.h", "row_plan.cpp")
 )
+FACTOR = "math/row_factor.h"
 PLAIN = {"lr": 0.1, "momentum": 0.9, "l1": 0.02, "weight_decay": 0.1}
 RIDGE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5, "proximal": True}
 
@@ -68,23 +69,23 @@ MUTANTS = [
     Mutant("rows of a long group added up as one", KERNEL, "  of_member = 0.0;\n        }", "}"),
     Mutant(
         "a NaN becomes zero",
-        KERNEL,
-        "norm <= t ? C(0) : static_cast<C>(sub_(1.0, div_(t, norm)))",
-        "norm > t ? static_cast<C>(sub_(1.0, div_(t, norm))) : C(0)",
+        FACTOR,
+        "norm <= t ? 0.0 : sub_(1.0, div_(t, norm))",
+        "norm > t ? sub_(1.0, div_(t, norm)) : 0.0",
     ),
-    Mutant("a threshold of 0 clears -0", KERNEL, "if (t == 0.0) return C(1);", ""),
+    Mutant("a threshold of 0 clears -0", FACTOR, "t == 0.0 ? 1.0 : factor", "factor"),
     Mutant(
         "factor rounded twice",
-        KERNEL,
-        "static_cast<C>(sub_(1.0, div_(t, norm)))",
-        "sub_(C(1), static_cast<C>(div_(t, norm)))",
+        FACTOR,
+        "sub_(1.0, div_(t, norm))",
+        "sub_(1.0, static_cast<double>(static_cast<float>(div_(t, norm))))",
     ),
     Mutant("a weight of the next row", KERNEL, ": set.weights[row]", ": set.weights[row ^ 1]"),
     Mutant(
         "lr multiplied into a_g",
-        KERNEL,
-        "mul_(mul_(lr, set.lasso), set.weights == nullptr ? set.weight : set.weights[row])",
-        "mul_(lr, mul_(set.lasso, set.weights == nullptr ? set.weight : set.weights[row]))",
+        FACTOR,
+        "mul_(mul_(lr, lasso), weight)",
+        "mul_(lr, mul_(lasso, weight))",
     ),
     Mutant(
         "no barrier before squares are added",
@@ -96,8 +97,8 @@ MUTANTS = [
     Mutant(
         "no barrier before factors are used",
         KERNEL,
-        "threshold_of(set, lr, first + row));\n  }\n  __syncthreads();",
-        "threshold_of(set, lr, first + row));\n  }",
+        "lr, first + row, sum);\n  }\n  __syncthreads();",
+        "lr, first + row, sum);\n  }",
         "race",
     ),
     Mutant(
