@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import row_groups, state
+from . import row_division, state
 from .backends import dispatch, dispatch_rows, dtensor
 from .backends.bucket import Bucket, Run, Skip
 from .backends.device_values import DeviceValues, to_float32
@@ -28,7 +28,7 @@ def step(optimizer: Any, grad_coefficient: float | Tensor | None) -> None:
     groups = optimizer.param_groups
     # An option's __float__ may run anyone's code: all are read before any tensor is.
     read = [_read_options(group, index, values, coefficient) for index, group in enumerate(groups)]
-    sets = row_groups.read(groups, [options.frozen_zeros for options, _ in read])
+    sets = _set_reader(optimizer).read(groups, [options.frozen_zeros for options, _ in read])
     collected: list[tuple[Bucket, int]] = []
     for index, (group, (options, _)) in enumerate(zip(groups, read, strict=True)):
         for bucket in state.collect(group, index, optimizer.state, options.momentum != 0):
@@ -37,7 +37,7 @@ def step(optimizer: Any, grad_coefficient: float | Tensor | None) -> None:
     stepped: list[Bucket] = []
     runs: list[Run] = []
     if sets:
-        collected, parts, row_sets = row_groups.divide(sets, groups, read, collected)
+        collected, parts, row_sets = row_division.divide(sets, groups, read, collected)
         run = dispatch_rows.prepare(parts, row_sets)
         if not isinstance(run, Skip):
             runs.append(run)
@@ -64,6 +64,14 @@ def step(optimizer: Any, grad_coefficient: float | Tensor | None) -> None:
     ]
     if counted:
         optimizer._tracked_zeros = counted
+
+
+def _set_reader(optimizer: Any) -> row_division.SetReader:
+    """The optimizer's own, which no pickle and no checkpoint holds."""
+    reader: row_division.SetReader = optimizer.__dict__.setdefault(
+        "_set_reader", row_division.SetReader()
+    )
+    return reader
 
 
 def device_values(

@@ -9,30 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends.bucket import Bucket
-from .backends.device_values import DeviceValues
-from .backends.row_sets import Part, RowSet
 from .options import Options, finite_and_not_negative, group_lasso_of
 from .sparsity import has_l1
 from .state import parameter_name, parameter_place, towards_start
 
 Place = tuple[int, int]
 """Index of a group, and of a parameter in it."""
-
-
-@dataclass(frozen=True)
-class ReadSet:
-    """A set as the groups describe it."""
-
-    members: list[tuple[Place, Tensor]]
-    coefficient: float
-    weights: float | Tensor | None
 
 
 def check_group(group: Mapping[str, Any], where: str, count: int | None = None) -> None:
@@ -47,12 +34,12 @@ def check_group(group: Mapping[str, Any], where: str, count: int | None = None) 
         ValueError: names the option and its value.
     """
     Options.from_group(group, where)
-    _check_lists(group, where, count)
+    check_lists(group, where, count)
     for i, value in enumerate(group.get("row_weights") or ()):
         _weights(value, f"{where}row_weights[{i}]")
 
 
-def _check_lists(group: Mapping[str, Any], where: str, count: int | None) -> None:
+def check_lists(group: Mapping[str, Any], where: str, count: int | None) -> None:
     """Refuses options of the group lasso, but for the numbers in ``row_weights``."""
     coefficient = group_lasso_of(group, where)
     for key in ("rows", "row_weights"):
@@ -110,39 +97,6 @@ def has_group_lasso(group: Mapping[str, Any]) -> bool:
     return coefficient and has_rows(group)
 
 
-def read(groups: Sequence[Mapping[str, Any]], frozen: Sequence[bool]) -> list[ReadSet]:
-    """The sets that a step shrinks, in the order of their first parameters.
-
-    Args:
-        groups: the optimizer's.
-        frozen: for each group whether its zeros are frozen, which stops all shrinkage.
-
-    Raises:
-        ValueError: an option is wrong, or the parameters of a set have different ones.
-    """
-    wheres = [f"ProxSGD: param_groups[{g}]: " for g in range(len(groups))]
-    coefficients = [group_lasso_of(g, where) for g, where in zip(groups, wheres, strict=True)]
-    if not any(coefficients):
-        return []
-    check_used(groups)
-    for g, group in enumerate(groups):
-        _check_lists(group, wheres[g], len(group["params"]))  # weights_of checks those that count
-    sets = []
-    for of_set in members_of(groups).values():
-        in_groups = [place[0] for place, _ in of_set]
-        for what, values in (("group_lasso", coefficients), ("frozen_zeros", frozen)):
-            if len({values[g] for g in in_groups}) > 1:
-                other = next(
-                    n for n, g in enumerate(in_groups) if values[g] != values[in_groups[0]]
-                )
-                places = [place for place, _ in of_set]
-                raise _differs(groups, places[other], places[0], what, values)
-        first = in_groups[0]
-        if coefficients[first] > 0 and not frozen[first]:
-            sets.append(ReadSet(of_set, coefficients[first], weights_of(groups, of_set)))
-    return sets
-
-
 def members_of(groups: Sequence[Mapping[str, Any]]) -> dict[int, list[tuple[Place, Tensor]]]:
     """The parameters of each set, by its number, and their places."""
     members: dict[int, list[tuple[Place, Tensor]]] = {}
@@ -159,77 +113,6 @@ def default_weight(params: Sequence[Tensor]) -> float:
     """The weight of a row of a set that is given none: the square root of its elements."""
     rows = params[0].shape[0]
     return math.sqrt(sum(p.numel() // rows for p in params)) if rows else 0.0
-
-
-def divide(
-    sets: Sequence[ReadSet],
-    groups: Sequence[Mapping[str, Any]],
-    read_options: Sequence[tuple[Options, DeviceValues]],
-    collected: Sequence[tuple[Bucket, int]],
-) -> tuple[list[tuple[Bucket, int]], list[Part], list[RowSet]]:
-    """Divides buckets into what is stepped element by element and what belongs to sets.
-
-    Args:
-        sets: from :func:`read`.
-        groups: the optimizer's.
-        read_options: each group's options.
-        collected: buckets and the indices of their groups.
-
-    Returns:
-        The elementwise buckets with their groups, the parts, and the sets whose parameters have
-        gradients.
-
-    Raises:
-        ValueError: a set has gradients on some of its parameters only.
-    """
-    coupled = {id(param) for one in sets for _, param in one.members}
-    elementwise: list[tuple[Bucket, int]] = []
-    parts: list[Part] = []
-    found: dict[int, tuple[int, int]] = {}
-    for bucket, g in collected:
-        inside = [i for i, param in enumerate(bucket.params) if id(param) in coupled]
-        if not inside:
-            elementwise.append((bucket, g))
-            continue
-        if len(inside) < len(bucket.params):
-            chosen = set(inside)
-            rest = [i for i in range(len(bucket.params)) if i not in chosen]
-            elementwise.append((_pick(bucket, rest), g))
-            bucket = _pick(bucket, inside)
-        for i, param in enumerate(bucket.params):
-            found[id(param)] = (len(parts), i)
-        group, (options, values) = groups[g], read_options[g]
-        parts.append(Part(bucket, options, group["fused"], group["capturable"], values))
-    return elementwise, parts, [s for one in sets if (s := _row_set(one, found, groups))]
-
-
-def _pick(bucket: Bucket, indices: Sequence[int]) -> Bucket:
-    """Some of a bucket's parameters, with counters of their own where it has any."""
-    part = bucket.pick(indices)
-    if bucket.num_zeros is not None:
-        part.num_zeros = torch.zeros(
-            len(indices), dtype=torch.int64, device=bucket.num_zeros.device
-        )
-    return part
-
-
-def _row_set(
-    one: ReadSet, found: Mapping[int, tuple[int, int]], groups: Sequence[Mapping[str, Any]]
-) -> RowSet | None:
-    """A set whose parameters have gradients; None where none of them has."""
-    with_grad = [place for place, param in one.members if id(param) in found]
-    if not with_grad:
-        return None
-    for (g, i), param in one.members:
-        if id(param) not in found:
-            other = parameter_place(groups[with_grad[0][0]], *with_grad[0])
-            raise ValueError(
-                f"{parameter_name(groups[g], g, i)}: has no gradient, but {other} has one: must "
-                "have both or neither, as their rows are coupled"
-            )
-    rows, weights = rows_and_weights(groups, one.members, one.weights)
-    members = tuple(found[id(param)] for _, param in one.members)
-    return RowSet(members, rows, one.coefficient, weights)
 
 
 def rows_and_weights(
@@ -313,18 +196,3 @@ def _weights(value: Any, name: str) -> float | Tensor | None:
             f"{name} is {value!r}: must be finite numbers, not negative, one for each row"
         )
     return weights.detach()
-
-
-def _differs(
-    groups: Sequence[Mapping[str, Any]],
-    place: Place,
-    other: Place,
-    what: str,
-    values: Sequence[Any],
-) -> ValueError:
-    g, h = place[0], other[0]
-    return ValueError(
-        f"{parameter_name(groups[g], *place)}: its group's {what} is {values[g]}, and that of "
-        f"{parameter_place(groups[h], *other)} is {values[h]}: must be equal, as their rows are "
-        "coupled"
-    )

@@ -209,6 +209,74 @@ def test_a_gradient_on_some_parameters_of_a_set_is_refused_and_on_none_passed_ov
     assert not torch.equal(params[3], before[3])
 
 
+def _reshape(param, optimizer):
+    for tensor in (param, param.grad, optimizer.state[param]["momentum_buffer"]):
+        tensor.data = tensor.data.reshape(4, 9)
+
+
+CHANGES = {
+    "another set": lambda group, _: group["rows"].__setitem__(1, 1),
+    "leaves its set": lambda group, _: group["rows"].__setitem__(0, None),
+    "tuples": lambda group, _: group.update(rows=(1, 1, 5)),
+    "number": lambda group, _: group["row_weights"].__setitem__(2, 0.5),
+    "tensor in place": lambda group, _: group["row_weights"][0].mul_(0.25),
+    "list in place": lambda group, _: group["row_weights"][1].__setitem__(2, 0.0),
+    "order of the parameters": lambda group, _: group["params"].reverse(),
+    "shape": lambda group, optimizer: _reshape(group["params"][2], optimizer),
+    "l1": lambda group, _: group.update(group_lasso=0.0, l1=0.1),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_groups_may_be_changed_between_steps(what):
+    """A step takes what the groups say by then, as that of an optimizer made of them does."""
+    params = [nn.Parameter(drawn(*shape)) for shape in ((3, 5), (3, 7), (6, 6))]
+    weights = [torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), [1.0, 2.0, 3.0], None]
+    if what == "order of the parameters":
+        weights = None
+    optimizer = ProxSGD([{"params": params, "rows": [1, 2, 3], "row_weights": weights}], **OPTIONS)
+    for step in range(2):
+        set_grads(params, step)
+        optimizer.step()
+    unchanged = copy.deepcopy(optimizer)
+    CHANGES[what](optimizer.param_groups[0], optimizer)
+    anew = copy.deepcopy(optimizer)
+    if what == "order of the parameters":
+        unchanged.param_groups[0]["params"].reverse()
+    results = []
+    for each in (optimizer, anew, unchanged):
+        stepped = each.param_groups[0]["params"]
+        for p, q in zip(stepped, optimizer.param_groups[0]["params"], strict=True):
+            p.grad = q.grad.reshape(p.shape)
+        each.step()
+        results.append([p.detach().flatten() for p in stepped])
+    for a, b in zip(*results[:2], strict=True):
+        assert_same(a, b)
+    if what not in ("order of the parameters", "tuples"):
+        assert not all(torch.equal(a, b) for a, b in zip(results[0], results[2], strict=True))
+
+
+def test_groups_are_checked_when_they_change():
+    params = net()
+    optimizer = optimizer_of(params)
+    set_grads(params)
+    optimizer.step()
+    for key, wrong, message in (
+        ("rows", [3, 3.0], r"rows\[1\] is 3.0: must be an int"),
+        ("rows", [3], "rows has 1 entries"),
+        ("row_weights", [-1.0, None], r"row_weights\[0\] is -1.0"),
+        ("row_weights", [[1.0, 2.0], None], "row_weights has 2 numbers: must have 6"),
+    ):
+        group = optimizer.param_groups[0]
+        right = group.get(key)
+        group[key] = wrong
+        for _ in range(2):  # the second time too
+            with pytest.raises(ValueError, match=message):
+                optimizer.step()
+        group[key] = right
+        optimizer.step()
+
+
 @pytest.mark.parametrize("how", ["state_dict", "weights_only", "pickle", "deepcopy", "hook"])
 def test_checkpoints_go_on_bit_by_bit(how):
     options = {"group_lasso": 0.3, "momentum_dtype": torch.bfloat16}

@@ -21,6 +21,7 @@ LAYERS = [
     {"backends.dispatch", "backends.pure_rows"},
     {"backends.dispatch_rows", "backends.op", "functional", "sparsity", "state", "tracked_zeros"},
     {"row_groups"},
+    {"row_division"},
     {"checkpoints", "eager_step", "group_checks", "regroup"},
     {"compiled_step"},
     {"prox_sgd"},

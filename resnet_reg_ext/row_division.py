@@ -1,0 +1,199 @@
+"""The division of a step into what is taken element by element and the sets of coupled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends.bucket import Bucket
+from .backends.device_values import DeviceValues
+from .backends.row_sets import Part, RowSet
+from .options import Options, group_lasso_of
+from .row_groups import Place, check_lists, check_used, members_of, rows_and_weights, weights_of
+from .state import parameter_name, parameter_place
+
+_Groups = Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class CoupledSet:
+    """A set as the groups describe it."""
+
+    members: list[tuple[Place, Tensor]]
+    in_groups: list[int]
+    """The groups that its parameters are in, each once."""
+    ids: tuple[int, ...]
+    """The identity of each parameter."""
+    constant: bool
+    """Whether its weights are numbers, which nobody changes in place, or the default."""
+    coefficient: float = 0.0
+    weights: float | Tensor | None = None
+    rows_and_weights: tuple[int, float | Tensor] | None = None
+    """Kept where the weights are constant."""
+
+
+class SetReader:
+    """Reads sets from the groups; finds them anew only where what the groups say has changed.
+
+    Nearly every step has the sets of the one before, and a ResNet-50 has 161 parameters to look at.
+    """
+
+    def __init__(self) -> None:
+        self._said: list[list[Any]] = []
+        self._shapes: list[torch.Size] = []
+        self._sets: list[CoupledSet] = []
+
+    def read(self, groups: _Groups, frozen: Sequence[bool]) -> list[CoupledSet]:
+        """The sets that a step shrinks, in the order of their first parameters.
+
+        Args:
+            groups: the optimizer's.
+            frozen: for each group whether its zeros are frozen, which stops all shrinkage.
+
+        Raises:
+            ValueError: an option is wrong, or the parameters of a set have different ones.
+        """
+        coefficients = [
+            group_lasso_of(group, f"ProxSGD: param_groups[{g}]: ") for g, group in enumerate(groups)
+        ]
+        if not any(coefficients):
+            return []
+        check_used(groups)
+        self._find(groups)
+        sets = []
+        for one in self._sets:
+            for what, values in (("group_lasso", coefficients), ("frozen_zeros", frozen)):
+                if len(one.in_groups) > 1 and len({values[g] for g in one.in_groups}) > 1:
+                    raise _differs(groups, [place for place, _ in one.members], what, values)
+            first = one.in_groups[0]
+            if coefficients[first] > 0 and not frozen[first]:
+                one.coefficient = coefficients[first]
+                if not one.constant or one.rows_and_weights is None:
+                    one.weights = weights_of(groups, one.members)
+                sets.append(one)
+        return sets
+
+    def _find(self, groups: _Groups) -> None:
+        said = [_said(group) for group in groups]
+        shapes = [
+            param.shape
+            for group in groups
+            if group.get("rows") is not None
+            for param in group["params"]
+        ]
+        same = len(said) == len(self._said) and all(map(_identical, said, self._said))
+        if same and shapes == self._shapes:
+            return
+        self._said = []
+        for g, group in enumerate(groups):
+            check_lists(group, f"ProxSGD: param_groups[{g}]: ", len(group["params"]))
+        self._sets = [_set_of(members, groups) for members in members_of(groups).values()]
+        self._said, self._shapes = said, shapes
+
+
+def _said(group: Mapping[str, Any]) -> list[Any]:
+    """All objects that say which sets a group has."""
+    said = [group.get("toward"), group_lasso_of(group) > 0]
+    for values in (group["params"], group.get("rows"), group.get("row_weights")):
+        said.append(type(values))
+        said += values if isinstance(values, (list, tuple)) else [values]
+    return said
+
+
+def _identical(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _set_of(members: list[tuple[Place, Tensor]], groups: _Groups) -> CoupledSet:
+    given = [(groups[g].get("row_weights"), i) for (g, i), _ in members]
+    constant = all(w is None or isinstance(w[i], (float, int, type(None))) for w, i in given)
+    in_groups = list(dict.fromkeys(g for (g, _), _ in members))
+    return CoupledSet(members, in_groups, tuple(id(param) for _, param in members), constant)
+
+
+def _differs(
+    groups: _Groups, places: Sequence[Place], what: str, values: Sequence[Any]
+) -> ValueError:
+    h = places[0][0]
+    g, i = next(place for place in places if values[place[0]] != values[h])
+    return ValueError(
+        f"{parameter_name(groups[g], g, i)}: its group's {what} is {values[g]}, and that of "
+        f"{parameter_place(groups[h], *places[0])} is {values[h]}: must be equal, as their rows "
+        "are coupled"
+    )
+
+
+def divide(
+    sets: Sequence[CoupledSet],
+    groups: _Groups,
+    read_options: Sequence[tuple[Options, DeviceValues]],
+    collected: Sequence[tuple[Bucket, int]],
+) -> tuple[list[tuple[Bucket, int]], list[Part], list[RowSet]]:
+    """Divides buckets into what is stepped element by element and what belongs to sets.
+
+    Args:
+        sets: from :meth:`SetReader.read`.
+        groups: the optimizer's.
+        read_options: each group's options.
+        collected: buckets and the indices of their groups.
+
+    Returns:
+        The elementwise buckets with their groups, the parts, and the sets whose parameters have
+        gradients.
+
+    Raises:
+        ValueError: a set has gradients on some of its parameters only.
+    """
+    coupled = {param for one in sets for param in one.ids}
+    elementwise: list[tuple[Bucket, int]] = []
+    parts: list[Part] = []
+    found: dict[int, Place] = {}
+    for bucket, g in collected:
+        inside = [i for i, param in enumerate(bucket.params) if id(param) in coupled]
+        if not inside:
+            elementwise.append((bucket, g))
+            continue
+        if len(inside) < len(bucket.params):
+            chosen = set(inside)
+            rest = [i for i in range(len(bucket.params)) if i not in chosen]
+            elementwise.append((_pick(bucket, rest), g))
+            bucket = _pick(bucket, inside)
+        for i, param in enumerate(bucket.params):
+            found[id(param)] = (len(parts), i)
+        group, (options, values) = groups[g], read_options[g]
+        parts.append(Part(bucket, options, group["fused"], group["capturable"], values))
+    return elementwise, parts, [s for one in sets if (s := _row_set(one, found, groups))]
+
+
+def _pick(bucket: Bucket, indices: Sequence[int]) -> Bucket:
+    """Some of a bucket's parameters, with counters of their own where it has any."""
+    part = bucket.pick(indices)
+    if bucket.num_zeros is not None:
+        part.num_zeros = torch.zeros(
+            len(indices), dtype=torch.int64, device=bucket.num_zeros.device
+        )
+    return part
+
+
+def _row_set(one: CoupledSet, found: Mapping[int, Place], groups: _Groups) -> RowSet | None:
+    """A set whose parameters have gradients; None where none of them has."""
+    members = [found[param] for param in one.ids if param in found]
+    if not members:
+        return None
+    if len(members) < len(one.ids):
+        with_grad = next(place for place, param in one.members if id(param) in found)
+        g, i = next(place for place, param in one.members if id(param) not in found)
+        other = parameter_place(groups[with_grad[0]], *with_grad)
+        raise ValueError(
+            f"{parameter_name(groups[g], g, i)}: has no gradient, but {other} has one: must "
+            "have both or neither, as their rows are coupled"
+        )
+    if one.rows_and_weights is None or not one.constant:
+        one.rows_and_weights = rows_and_weights(groups, one.members, one.weights)
+    rows, weights = one.rows_and_weights
+    return RowSet(tuple(members), rows, one.coefficient, weights)
