@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
+from itertools import repeat
+from operator import attrgetter
 from types import NoneType
 from typing import Any
 
@@ -22,6 +24,7 @@ MOMENTUM_BUFFER = "momentum_buffer"
 MASTER_WEIGHT = "master_weight"
 START = "start"
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+_GRAD = attrgetter("grad")
 _NO_STATE: dict[str, Any] = {}
 
 State = MutableMapping[Tensor, dict[str, Any]]
@@ -43,18 +46,17 @@ def collect(
     """
     # A copy: another thread may change the list wherever torch lets it run.
     params: list[Tensor] = list(group["params"])
-    grads: list[Any] = [p.grad for p in params]
+    grads: list[Any] = list(map(_GRAD, params))
     if _has_none(grads):
         params = [p for p, g in zip(params, grads, strict=True) if g is not None]
         grads = [g for g in grads if g is not None]
     if not params:
         return []
     whole = Bucket(params, grads, None, None, False, partial(_name_of, group, index, params))
-    buffers: list[Any] | None = None
-    if momentum:
-        buffers = [state.get(p, _NO_STATE).get(MOMENTUM_BUFFER) for p in params]
+    states = list(map(state.get, params, repeat(_NO_STATE)))
+    buffers: list[Any] | None = [s.get(MOMENTUM_BUFFER) for s in states] if momentum else None
     if group["master_weights"] or (buffers is not None and _has_none(buffers)):
-        buckets = _divide(whole, group, [state.get(p, _NO_STATE) for p in params], buffers)
+        buckets = _divide(whole, group, states, buffers)
     else:
         whole.momentum_buffers = buffers
         buckets = [whole]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class DeviceValues(NamedTuple):
     found_inf: Tensor | None = None
 
     def __bool__(self) -> bool:
-        return any(value is not None for value in self)
+        return set(map(type, self)) != {NoneType}
 
     def on(self, device: torch.device) -> DeviceValues:
         """The values on a device, in the types that the kernel reads."""
