@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import ROOT
-from .keys import EXPERIMENTS, MODELS
+from .keys import COUPLED, EXPERIMENTS, MAIN, MODELS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=_count, help="the largest number of rounds")
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--table-only", action="store_true", help="measure the main table alone")
+    part.add_argument(
+        "--coupled-only",
+        action="store_true",
+        help="measure the table of the group lasso on channels alone, on the CPU",
+    )
     part.add_argument(
         "--against",
         type=Path,
@@ -115,7 +120,8 @@ def _run(options: argparse.Namespace) -> int:
     chosen = (plan.QUICK if options.quick else plan.FULL).with_model(options.model)
     if options.rounds:
         chosen = chosen.with_rounds(options.rounds)
-    results = suite.run(chosen, options.device, options.quick, Progress(), options.table_only)
+    only = COUPLED if options.coupled_only else MAIN if options.table_only else None
+    results = suite.run(chosen, options.device, options.quick, Progress(), only)
     print(markdown.short(results))
     suite.save(results, options.out)
     return 0

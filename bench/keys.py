@@ -2,6 +2,8 @@
 
 OURS = "prox"
 FLAT = "flat25m"
+MAIN = "main"
+COUPLED = "coupled"
 MODELS = {
     "resnet50": "ResNet-50",
     "resnet18": "ResNet-18",

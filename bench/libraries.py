@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .measure import Step
@@ -21,6 +23,31 @@ def pat_lasso(problem: Problem) -> Step:
     }
     base = torch.optim.SGD(
         [group],
+        lr=problem.lr,
+        momentum=problem.momentum,
+        weight_decay=problem.weight_decay,
+        fused=True,
+    )
+    step: Step = PruneOptimizer(base).step
+    return step
+
+
+def pat_group_lasso(problem: Any) -> Step:
+    """Rows of each tensor of a problem whose rows are coupled; PAT has no groups across tensors."""
+    try:
+        from torchao.prototype.pat.optim import PruneOptimizer
+    except ImportError as error:
+        raise UnavailableError(f"torchao with prototype.pat: {first_line(error)}") from None
+    places = list(zip(problem.params, problem.sets, strict=True))
+    rows = {id(p) for p, number in places if number is not None and p.dim() > 1}
+    grouped = {
+        "params": [p for p, _ in places if id(p) in rows],
+        "prox_type": "ProxGroupLasso",
+        "group_type": "Dim0Grouper",
+        "reg_lambda": problem.group_lasso * problem.k,
+    }
+    base = torch.optim.SGD(
+        [grouped, {"params": [p for p, _ in places if id(p) not in rows]}],
         lr=problem.lr,
         momentum=problem.momentum,
         weight_decay=problem.weight_decay,

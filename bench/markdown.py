@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .keys import OURS
+from .keys import COUPLED, MAIN, OURS
 
 UNMEASURED = "not measured"
 
@@ -191,7 +191,9 @@ def page(results: dict[str, Any]) -> str:
     parts = ["# What a step costs", machine_line(results), targets_table(results), "## The step"]
     for table in results["tables"]:
         parts += [f"### {title(table)}", step_table(table)]
-    parts += _methods(results["tables"][0])
+    for table in results["tables"]:
+        if table["key"] in (MAIN, COUPLED):
+            parts += _methods(table)
     sections = {
         "host": _host,
         "dtensors": _dtensors,
@@ -212,7 +214,7 @@ def _methods(table: dict[str, Any]) -> list[str]:
         + (f" Compiled and checked in {row['compile_s']:.0f} s." if "compile_s" in row else "")
         for row in table["rows"]
     ]
-    return ["### What the rows are", "\n".join(lines)]
+    return [f"### What the rows are: {table['model']}", "\n".join(lines)]
 
 
 def _host(host: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,31 @@ def _residual_network(blocks: Sequence[int], kernels: Sequence[int], expansion: 
             if block == 0 and block_inside != inside:
                 made += convolution(inside, block_inside, 1)
     return [*made, (1000, inside), (1000,)]
+
+
+def coupled(model: str) -> list[int | None]:
+    """The set of coupled channels that each parameter of a ResNet-50 belongs to, or None.
+
+    Args:
+        model: ``"resnet50"``: one set for the first convolution, for each block's first two, and
+            for each stage's sums, to which the last convolution of each block and the shortcut's
+            write.
+
+    Raises:
+        ValueError: it is another model.
+    """
+    if model != "resnet50":
+        raise ValueError(f"model is {model!r}: must be 'resnet50'")
+    count = itertools.count()
+    numbers: list[int | None] = [next(count)] * 3
+    for blocks in (3, 4, 6, 3):
+        stage = next(count)
+        for block in range(blocks):
+            for number in (next(count), next(count), stage):
+                numbers += [number] * 3
+            if block == 0:
+                numbers += [stage] * 3
+    return [*numbers, None, None]
 
 
 def _vision_transformer(

@@ -8,6 +8,7 @@ import torch
 
 from .baselines import BASELINES, COMPILED
 from .keys import FLAT, OURS
+from .keys import MAIN as MAIN_KEY
 from .models import Layout
 
 ALL = tuple(BASELINES)
@@ -46,6 +47,7 @@ class Plan:
         budget: seconds after which such a measurement starts no further round.
         images: (pixels, batch, rounds) of whole training steps.
         cold_starts: new processes that import the package.
+        coupled: (rounds, budget) of the table of coupled rows.
     """
 
     tables: tuple[Table, ...]
@@ -56,6 +58,7 @@ class Plan:
     budget: float
     images: tuple[tuple[int, int, int], ...]
     cold_starts: int
+    coupled: tuple[int, float] = (31, 40.0)
 
     def with_model(self, model: str) -> Plan:
         """The same plan with another model in the first table."""
@@ -65,10 +68,10 @@ class Plan:
     def with_rounds(self, rounds: int) -> Plan:
         """The same plan with another largest number of rounds throughout."""
         tables = tuple(replace(table, rounds=rounds) for table in self.tables)
-        return replace(self, tables=tables, rounds=rounds)
+        return replace(self, tables=tables, rounds=rounds, coupled=(rounds, self.coupled[1]))
 
 
-MAIN = Table("main", rounds=61, budget=80.0)
+MAIN = Table(MAIN_KEY, rounds=61, budget=80.0)
 FULL = Plan(
     tables=(
         MAIN,
@@ -97,4 +100,5 @@ QUICK = Plan(
     budget=6.0,
     images=(),
     cold_starts=0,
+    coupled=(9, 15.0),
 )

@@ -218,7 +218,7 @@ def start_loss(problem: Problem) -> Step:
     return step
 
 
-def _compiled(step: Callable[..., None], *arguments: Tensor, whole: bool = False) -> Step:
+def compile_step(step: Callable[..., None], *arguments: Tensor, whole: bool = False) -> Step:
     """Compiles a step and runs it once; ``whole`` refuses a graph break."""
     compiled = torch.compile(step, fullgraph=whole)
 
@@ -245,7 +245,7 @@ def _compiled_sgd(problem: Problem, lr: float | Tensor) -> Step:
         for p in params:
             p.copy_(p.sign() * (p.abs() - threshold).clamp_min(0))
 
-    return _compiled(step)
+    return compile_step(step)
 
 
 def compiled_float_lr(problem: Problem) -> Step:
@@ -272,7 +272,7 @@ def compiled_whole(problem: Problem) -> Step:
                 v = p - lr * m
                 p.copy_(v.sign() * (v.abs() - threshold).clamp_min(0))
 
-    return _with_changing_lr(problem, lr, _compiled(step, lr, whole=True))
+    return _with_changing_lr(problem, lr, compile_step(step, lr, whole=True))
 
 
 def compiled_start(problem: Problem) -> Step:
@@ -290,7 +290,7 @@ def compiled_start(problem: Problem) -> Step:
                 u = p - lr * m - start
                 p.copy_(start + u.sign() * (u.abs() - threshold).clamp_min(0))
 
-    return _with_changing_lr(problem, lr, _compiled(step, lr, whole=True))
+    return _with_changing_lr(problem, lr, compile_step(step, lr, whole=True))
 
 
 def _with_changing_lr(problem: Problem, lr: Tensor, step: Step) -> Step:

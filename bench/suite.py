@@ -12,15 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import host, machine, report, scaling, tables, targets, training
+from . import coupled, host, machine, report, scaling, tables, targets, training
+from .keys import COUPLED
 from .plan import Plan, Table
 from .progress import Progress
 
 
 def run(
-    plan: Plan, device: str, quick: bool, progress: Progress, table_only: bool = False
+    plan: Plan, device: str, quick: bool, progress: Progress, only: str | None = None
 ) -> dict[str, Any]:
-    """Measures everything, or the first table alone; the result is what JSON takes."""
+    """Measures everything, or ``only`` the main or the coupled table; the result is JSON."""
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     results: dict[str, Any] = {
@@ -39,12 +40,17 @@ def run(
             if device == "cpu" or t.threads is None
         ]
 
-    if table_only:
+    def run_coupled() -> list[dict[str, Any]]:
+        return [coupled.run(progress, *plan.coupled, compiles=not quick)]
+
+    if only == COUPLED:
+        results["tables"] = run_coupled()
+    elif only:
         results["tables"] = run_tables(plan.tables[:1])
     else:
         # Host time first: a fragmented heap would change it.
         results["host"] = host.run_host(plan, device, progress)
-        results["tables"] = run_tables(plan.tables)
+        results["tables"] = run_tables(plan.tables) + (run_coupled() if device == "cpu" else [])
         results["sizes"] = scaling.run_sizes(plan, device, progress)
         results["counts"] = scaling.run_counts(plan, device, progress)
         results["dtensors"] = host.run_dtensors(plan, progress)

@@ -103,7 +103,7 @@ def run_table(table: Table, left_out: Sequence[str], progress: Progress) -> dict
             budget=table.budget,
             sync=measure.synchronise(layout.device),
         )
-        _add_times(result, samples, limit, layout, table.momentum)
+        add_times(result, samples, limit, layout, table.momentum)
         for row in result["rows"]:
             if row["key"] in prepared:
                 peak = measure.peak_memory(prepared[row["key"]], layout.device)
@@ -150,7 +150,7 @@ def _prepare_rows(
     return prepared
 
 
-def _add_times(
+def add_times(
     result: dict[str, Any], samples: Samples, limit: MemoryLimit, layout: Layout, momentum: float
 ) -> None:
     """Adds times and ratios to a table."""

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .keys import OURS
+from .keys import COUPLED, OURS
 from .plan import MAIN
 
 Results = dict[str, Any]
+RATIO = "ours_over"
+LIMIT = "limit"
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,23 @@ def _main(results: Results) -> Any:
     return next(table for table in results["tables"] if table["key"] == MAIN.key)
 
 
+def _coupled(key: str) -> Callable[[Results], Any]:
+    """The time with the group lasso on channels over a row's in its table."""
+
+    def find(results: Results) -> Any:
+        table = next(table for table in results["tables"] if table["key"] == COUPLED)
+        return table["ratios"]["prox/limit"] if key == LIMIT else _row(table["rows"], key)[RATIO]
+
+    return find
+
+
 def _row(rows: Any, key: str) -> Any:
     return next(row for row in rows if row["key"] == key)
 
 
 def _ours_over(key: str) -> Callable[[Results], Any]:
     """ProxSGD's time over a row's in the main table."""
-    return lambda results: _row(_main(results)["rows"], key)["ours_over"]
+    return lambda results: _row(_main(results)["rows"], key)[RATIO]
 
 
 def _ratio(name: str) -> Callable[[Results], Any]:
@@ -41,7 +53,7 @@ def _ratio(name: str) -> Callable[[Results], Any]:
 
 def _host(part: str, key: str) -> Callable[[Results], Any]:
     """ProxSGD's host time over a row's."""
-    return lambda results: _row(results[part]["rows"], key)["ours_over"]
+    return lambda results: _row(results[part]["rows"], key)[RATIO]
 
 
 def _most_tensors(results: Results) -> Any:
@@ -94,6 +106,19 @@ TARGETS = (
         0.35,
         _ratio("prox_start/start_loss"),
     ),
+    Target("group lasso on channels over elementwise", 1.12, _coupled("prox_elementwise")),
+    Target("group lasso on channels over addcmul_ moving as many bytes", 1.10, _coupled(LIMIT)),
+    Target(
+        "group lasso on channels over SGD(fused) + the same map as a loop",
+        0.50,
+        _coupled("groups_loop"),
+    ),
+    Target(
+        "group lasso on channels over torch.compile(SGD + rows of each convolution)",
+        0.70,
+        _coupled("compile_rows"),
+    ),
+    Target("group lasso on channels over torchao PAT, group lasso", 0.26, _coupled("pat_groups")),
     Target("peak extra memory of a step", 1.0, _memory, unit="MiB"),
 )
 

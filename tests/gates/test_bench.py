@@ -16,10 +16,11 @@ import pytest
 import torch
 
 import resnet_reg_ext
-from bench import ROOT, against, measure, models, tables
+from bench import ROOT, against, coupled, measure, models, tables
 from bench.__main__ import main
 from bench.baselines import BASELINES
 from bench.checks import Checker
+from bench.progress import Progress
 from bench.steps import Problem
 
 PACKAGE = Path(resnet_reg_ext.__file__).resolve().parent
@@ -77,6 +78,40 @@ def test_shapes_are_torchvisions(model: str) -> None:
     with torch.device("meta"):
         expected = [tuple(p.shape) for p in getattr(torchvision.models, model)().parameters()]
     assert models.shapes(model) == expected
+
+
+def test_coupled_sets_are_those_of_torchvisions_model() -> None:
+    import torchvision
+
+    model = torchvision.models.resnet50()
+    expected: dict[frozenset[str], int] = {}
+    for one in resnet_reg_ext.channels(model, torch.rand(1, 3, 64, 64)):
+        expected[frozenset(producer.tensor for producer in one.producers)] = one.size
+    found: dict[int, set[str]] = {}
+    for (name, _), number in zip(model.named_parameters(), models.coupled("resnet50"), strict=True):
+        if number is not None:
+            found.setdefault(number, set()).add(name)
+    assert {frozenset(names) for names in found.values()} == set(expected)
+    with pytest.raises(ValueError, match="model is 'resnet18'"):
+        models.coupled("resnet18")
+
+
+def test_coupled_rows_are_checked_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network of two sets; a step with another threshold isn't timed."""
+    shapes: list[models.Shape] = [(6, 3, 3, 3), (6,), (8, 6, 1, 1), (8,), (8, 3, 1, 1), (4, 8)]
+    monkeypatch.setattr(models, "shapes", lambda _: shapes)
+    monkeypatch.setattr(models, "coupled", lambda _: [0, 0, 1, 1, 1, None])
+    table = coupled.run(Progress(), 1, 1.0, compiles=False)
+    rows = {row["key"]: row for row in table["rows"]}
+    for key in ("prox", "groups_loop"):
+        assert rows[key]["check"]["same"]
+        assert 0.05 < rows[key]["check"]["zeros"] < 0.95
+    assert "ms" in rows["prox_elementwise"]
+    assert "missing" in rows["compile_rows"]
+    assert table["ratios"]["prox/limit"]["q50"] > 0
+    monkeypatch.setattr(coupled.CoupledProblem, "weight", lambda self, _: 1.0, raising=True)
+    native = coupled.run(Progress(), 1, 1.0, compiles=False)["rows"][0]
+    assert "differ from the reference" in native["missing"]
 
 
 # ---- the command, and what it measures ----------------------------------------------------------
