@@ -28,7 +28,8 @@ def step(optimizer: Any, grad_coefficient: float | Tensor | None) -> None:
     groups = optimizer.param_groups
     # An option's __float__ may run anyone's code: all are read before any tensor is.
     read = [_read_options(group, index, values, coefficient) for index, group in enumerate(groups)]
-    sets = _set_reader(optimizer).read(groups, [options.frozen_zeros for options, _ in read])
+    reader = _set_reader(optimizer)
+    coupled = reader.read(groups, [options.frozen_zeros for options, _ in read])
     collected: list[tuple[Bucket, int]] = []
     for index, (group, (options, _)) in enumerate(zip(groups, read, strict=True)):
         for bucket in state.collect(group, index, optimizer.state, options.momentum != 0):
@@ -36,8 +37,8 @@ def step(optimizer: Any, grad_coefficient: float | Tensor | None) -> None:
             collected.append((bucket, index))
     stepped: list[Bucket] = []
     runs: list[Run] = []
-    if sets:
-        collected, parts, row_sets = row_division.divide(sets, groups, read, collected)
+    if coupled:
+        collected, parts, row_sets = row_division.divide(reader, groups, read, collected)
         run = dispatch_rows.prepare(parts, row_sets)
         if not isinstance(run, Skip):
             runs.append(run)

@@ -27,18 +27,14 @@ class CoupledSet:
     members: list[tuple[Place, Tensor]]
     in_groups: list[int]
     """The groups that its parameters are in, each once."""
-    ids: tuple[int, ...]
-    """The identity of each parameter."""
     constant: bool
     """Whether its weights are numbers, which nobody changes in place, or the default."""
     coefficient: float = 0.0
     weights: float | Tensor | None = None
-    rows_and_weights: tuple[int, float | Tensor] | None = None
-    """Kept where the weights are constant."""
 
 
 class SetReader:
-    """Reads sets from the groups; finds them anew only where what the groups say has changed.
+    """Reads sets from the groups; does so anew only where what the groups say has changed.
 
     Nearly every step has the sets of the one before, and a ResNet-50 has 161 parameters to look at.
     """
@@ -47,13 +43,22 @@ class SetReader:
         self._said: list[list[Any]] = []
         self._shapes: list[torch.Size] = []
         self._sets: list[CoupledSet] = []
+        self._strengths: tuple[list[float], list[bool]] | None = None
+        self._active: list[CoupledSet] = []
+        self.coupled: set[int] = set()
+        """The identities of the parameters of the sets that were read."""
+        self._places: dict[int, Place] = {}
+        self._row_sets: list[RowSet] | None = None
 
-    def read(self, groups: _Groups, frozen: Sequence[bool]) -> list[CoupledSet]:
-        """The sets that a step shrinks, in the order of their first parameters.
+    def read(self, groups: _Groups, frozen: Sequence[bool]) -> bool:
+        """Reads the sets that a step shrinks, in the order of their first parameters.
 
         Args:
             groups: the optimizer's.
             frozen: for each group whether its zeros are frozen, which stops all shrinkage.
+
+        Returns:
+            Whether there are any.
 
         Raises:
             ValueError: an option is wrong, or the parameters of a set have different ones.
@@ -62,21 +67,16 @@ class SetReader:
             group_lasso_of(group, f"ProxSGD: param_groups[{g}]: ") for g, group in enumerate(groups)
         ]
         if not any(coefficients):
-            return []
+            return False
         check_used(groups)
         self._find(groups)
-        sets = []
-        for one in self._sets:
-            for what, values in (("group_lasso", coefficients), ("frozen_zeros", frozen)):
-                if len(one.in_groups) > 1 and len({values[g] for g in one.in_groups}) > 1:
-                    raise _differs(groups, [place for place, _ in one.members], what, values)
-            first = one.in_groups[0]
-            if coefficients[first] > 0 and not frozen[first]:
-                one.coefficient = coefficients[first]
-                if not one.constant or one.rows_and_weights is None:
-                    one.weights = weights_of(groups, one.members)
-                sets.append(one)
-        return sets
+        strengths = (coefficients, list(frozen))
+        if strengths != self._strengths or not all(one.constant for one in self._active):
+            self._strengths = self._row_sets = None
+            self._active = [one for one in self._sets if _shrinks(one, groups, *strengths)]
+            self.coupled = {id(param) for one in self._active for _, param in one.members}
+            self._strengths = strengths
+        return bool(self._active)
 
     def _find(self, groups: _Groups) -> None:
         said = [_said(group) for group in groups]
@@ -89,11 +89,42 @@ class SetReader:
         same = len(said) == len(self._said) and all(map(_identical, said, self._said))
         if same and shapes == self._shapes:
             return
-        self._said = []
+        self._said, self._strengths = [], None
         for g, group in enumerate(groups):
             check_lists(group, f"ProxSGD: param_groups[{g}]: ", len(group["params"]))
         self._sets = [_set_of(members, groups) for members in members_of(groups).values()]
         self._said, self._shapes = said, shapes
+
+    def row_sets(self, groups: _Groups, places: dict[int, Place]) -> list[RowSet]:
+        """The sets of :meth:`read` whose parameters have gradients, for a backend.
+
+        Args:
+            groups: the optimizer's.
+            places: by the identity of a parameter its part and its index there.
+
+        Raises:
+            ValueError: a set has gradients on some of its parameters only.
+        """
+        if self._row_sets is None or places != self._places:
+            made = [_row_set(one, places, groups) for one in self._active]
+            self._row_sets = [one for one in made if one is not None]
+            self._places = places
+        return self._row_sets
+
+
+def _shrinks(
+    one: CoupledSet, groups: _Groups, coefficients: Sequence[float], frozen: Sequence[bool]
+) -> bool:
+    """Whether a step shrinks a set; sets its coefficient and its weights then."""
+    for what, values in (("group_lasso", coefficients), ("frozen_zeros", frozen)):
+        if len({values[g] for g in one.in_groups}) > 1:
+            raise _differs(groups, [place for place, _ in one.members], what, values)
+    first = one.in_groups[0]
+    if coefficients[first] == 0 or frozen[first]:
+        return False
+    one.coefficient = coefficients[first]
+    one.weights = weights_of(groups, one.members)
+    return True
 
 
 def _said(group: Mapping[str, Any]) -> list[Any]:
@@ -113,7 +144,7 @@ def _set_of(members: list[tuple[Place, Tensor]], groups: _Groups) -> CoupledSet:
     given = [(groups[g].get("row_weights"), i) for (g, i), _ in members]
     constant = all(w is None or isinstance(w[i], (float, int, type(None))) for w, i in given)
     in_groups = list(dict.fromkeys(g for (g, _), _ in members))
-    return CoupledSet(members, in_groups, tuple(id(param) for _, param in members), constant)
+    return CoupledSet(members, in_groups, constant)
 
 
 def _differs(
@@ -129,7 +160,7 @@ def _differs(
 
 
 def divide(
-    sets: Sequence[CoupledSet],
+    reader: SetReader,
     groups: _Groups,
     read_options: Sequence[tuple[Options, DeviceValues]],
     collected: Sequence[tuple[Bucket, int]],
@@ -137,7 +168,7 @@ def divide(
     """Divides buckets into what is stepped element by element and what belongs to sets.
 
     Args:
-        sets: from :meth:`SetReader.read`.
+        reader: has read the sets.
         groups: the optimizer's.
         read_options: each group's options.
         collected: buckets and the indices of their groups.
@@ -149,12 +180,11 @@ def divide(
     Raises:
         ValueError: a set has gradients on some of its parameters only.
     """
-    coupled = {param for one in sets for param in one.ids}
     elementwise: list[tuple[Bucket, int]] = []
     parts: list[Part] = []
-    found: dict[int, Place] = {}
+    places: dict[int, Place] = {}
     for bucket, g in collected:
-        inside = [i for i, param in enumerate(bucket.params) if id(param) in coupled]
+        inside = [i for i, param in enumerate(bucket.params) if id(param) in reader.coupled]
         if not inside:
             elementwise.append((bucket, g))
             continue
@@ -163,11 +193,10 @@ def divide(
             rest = [i for i in range(len(bucket.params)) if i not in chosen]
             elementwise.append((_pick(bucket, rest), g))
             bucket = _pick(bucket, inside)
-        for i, param in enumerate(bucket.params):
-            found[id(param)] = (len(parts), i)
+        places |= {id(param): (len(parts), i) for i, param in enumerate(bucket.params)}
         group, (options, values) = groups[g], read_options[g]
         parts.append(Part(bucket, options, group["fused"], group["capturable"], values))
-    return elementwise, parts, [s for one in sets if (s := _row_set(one, found, groups))]
+    return elementwise, parts, reader.row_sets(groups, places)
 
 
 def _pick(bucket: Bucket, indices: Sequence[int]) -> Bucket:
@@ -180,20 +209,18 @@ def _pick(bucket: Bucket, indices: Sequence[int]) -> Bucket:
     return part
 
 
-def _row_set(one: CoupledSet, found: Mapping[int, Place], groups: _Groups) -> RowSet | None:
+def _row_set(one: CoupledSet, places: Mapping[int, Place], groups: _Groups) -> RowSet | None:
     """A set whose parameters have gradients; None where none of them has."""
-    members = [found[param] for param in one.ids if param in found]
+    members = [places[id(param)] for _, param in one.members if id(param) in places]
     if not members:
         return None
-    if len(members) < len(one.ids):
-        with_grad = next(place for place, param in one.members if id(param) in found)
-        g, i = next(place for place, param in one.members if id(param) not in found)
+    if len(members) < len(one.members):
+        with_grad = next(place for place, param in one.members if id(param) in places)
+        g, i = next(place for place, param in one.members if id(param) not in places)
         other = parameter_place(groups[with_grad[0]], *with_grad)
         raise ValueError(
             f"{parameter_name(groups[g], g, i)}: has no gradient, but {other} has one: must "
             "have both or neither, as their rows are coupled"
         )
-    if one.rows_and_weights is None or not one.constant:
-        one.rows_and_weights = rows_and_weights(groups, one.members, one.weights)
-    rows, weights = one.rows_and_weights
+    rows, weights = rows_and_weights(groups, one.members, one.weights)
     return RowSet(tuple(members), rows, one.coefficient, weights)

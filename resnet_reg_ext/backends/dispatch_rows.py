@@ -56,11 +56,15 @@ def prepare(parts: Sequence[Part], sets: Sequence[RowSet]) -> Run | Skip:
             bucket = dtensor.local_bucket(bucket)
         bucket = resolve_negation(bucket)
         refuse_stray_dtensors(bucket)
-        local.append(dataclasses.replace(part, bucket=bucket))
+        if bucket is not part.bucket:
+            part = dataclasses.replace(part, bucket=bucket)
+        local.append(part)
     readings = [native.read(part.bucket) if may_be_native(part.fused) else None for part in local]
     unfit, to_lay_out = _misfits(local, sets, readings)
     why = _why_on_host(local, sets, unfit)
     for p, part in enumerate(local):
+        if not part.values:
+            continue
         now, later = (part.values, DeviceValues()) if why else part.values.split()
         options = read_values(now, part.options, part.bucket, why)
         if isinstance(options, Skip):
@@ -126,8 +130,10 @@ def _prepare_local(
     to_lay_out: Set[_Place],
 ) -> Run:
     """A step of ordinary tensors; the last two as from :func:`_misfits`."""
-    to_native = [one for one in sets if not any(member in unfit for member in one.members)]
-    to_pure = [one for one in sets if any(member in unfit for member in one.members)]
+    to_native, to_pure = sets, []
+    if unfit:
+        to_native = [one for one in sets if not any(member in unfit for member in one.members)]
+        to_pure = [one for one in sets if any(member in unfit for member in one.members)]
     runs: list[Run] = []
     if to_pure:
         for one in to_pure:
@@ -172,7 +178,7 @@ def _misfits(
                 check_may_be_pure(bucket, part.fused, misfit)
                 unfit[p, misfit.index] = misfit.reason
         for i, param in enumerate(bucket.params):
-            if param.numel() and not rows_contiguous(param):
+            if not param.is_contiguous() and not rows_contiguous(param):
                 unfit.setdefault((p, i), "its rows aren't contiguous in memory")
     for one in sets:
         p, i = one.members[0]

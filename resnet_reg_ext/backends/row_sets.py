@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ class Part:
     capturable: bool
     values: DeviceValues
     """What a kernel reads on the device; the options hold everything else."""
+
+
+_DEVICE, _DTYPE = attrgetter("device"), attrgetter("dtype")
 
 
 @dataclass(frozen=True)
@@ -84,23 +88,16 @@ def rows_contiguous(tensor: Tensor) -> bool:
 
 def uniform(parts: Sequence[Part]) -> bool:
     """Whether all parameters of all parts are alike, so that each set's needn't be compared."""
-    kinds = {
-        (
-            *(getattr(part.options, name) for name in ("lr", "momentum", "dampening")),
-            frozenset(p.device for p in part.bucket.params),
-            *(
-                None if tensors is None else frozenset(t.dtype for t in tensors)
-                for tensors in (
-                    part.bucket.params,
-                    part.bucket.momentum_buffers,
-                    part.bucket.master_params,
-                )
-            ),
-        )
-        for part in parts
-    }
-    of_one = next(iter(kinds), ())
-    return len(kinds) == 1 and all(len(k) == 1 for k in of_one if isinstance(k, frozenset))
+    kinds = set()
+    for part in parts:
+        bucket, options = part.bucket, part.options
+        stored = (bucket.params, bucket.momentum_buffers, bucket.master_params)
+        dtypes = [frozenset(map(_DTYPE, tensors or ())) for tensors in stored]
+        devices = frozenset(map(_DEVICE, bucket.params))
+        if any(len(of_one) > 1 for of_one in (devices, *dtypes)):
+            return False
+        kinds.add((options.lr, options.momentum, options.dampening, devices, *dtypes))
+    return len(kinds) == 1
 
 
 def check_alike(one: RowSet, parts: Sequence[Part]) -> None:
