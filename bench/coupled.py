@@ -23,35 +23,9 @@ from .keys import COUPLED, MODELS, OURS
 from .measure import MemoryLimit, Step
 from .models import Layout
 from .progress import Progress
-from .steps import Problem, UnavailableError
+from .steps import GROUP_LASSO, CoupledProblem, UnavailableError
 
-GROUP_LASSO = 1e-3
 STEPS_CHECKED = 10
-
-
-@dataclass(frozen=True)
-class CoupledProblem(Problem):
-    """Parameters of which rows are coupled; ``sets`` has each one's number, or None."""
-
-    sets: Sequence[int | None] = ()
-    group_lasso: float = GROUP_LASSO
-    l1: float = 0.0
-
-    def members(self) -> list[list[Parameter]]:
-        """The parameters of each set."""
-        members: dict[int, list[Parameter]] = {}
-        for number, p in zip(self.sets, self.params, strict=True):
-            if number is not None:
-                members.setdefault(number, []).append(p)
-        return list(members.values())
-
-    def weight(self, members: Sequence[Tensor]) -> float:
-        """a_g: the root of a group's elements."""
-        return math.sqrt(sum(p.numel() // len(p) for p in members))
-
-    def row_threshold(self, members: Sequence[Tensor]) -> float:
-        """The threshold of a set's norms in one step."""
-        return self.lr * (self.group_lasso * self.k) * self.weight(members)
 
 
 # ---- The steps ----------------------------------------------------------------------------------

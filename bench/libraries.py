@@ -7,37 +7,21 @@ from typing import Any
 import torch
 
 from .measure import Step
-from .steps import Problem, UnavailableError, first_line
+from .steps import CoupledProblem, Problem, UnavailableError, first_line
 
 
 def pat_lasso(problem: Problem) -> Step:
-    try:
-        from torchao.prototype.pat.optim import PruneOptimizer
-    except ImportError as error:
-        raise UnavailableError(f"torchao with prototype.pat: {first_line(error)}") from None
     group = {
         "params": problem.params,
         "prox_type": "ProxLasso",
         "group_type": "ElemGrouper",
         "reg_lambda": problem.l1 * problem.k,
     }
-    base = torch.optim.SGD(
-        [group],
-        lr=problem.lr,
-        momentum=problem.momentum,
-        weight_decay=problem.weight_decay,
-        fused=True,
-    )
-    step: Step = PruneOptimizer(base).step
-    return step
+    return _pat(problem, group)
 
 
-def pat_group_lasso(problem: Any) -> Step:
-    """Rows of each tensor of a problem whose rows are coupled; PAT has no groups across tensors."""
-    try:
-        from torchao.prototype.pat.optim import PruneOptimizer
-    except ImportError as error:
-        raise UnavailableError(f"torchao with prototype.pat: {first_line(error)}") from None
+def pat_group_lasso(problem: CoupledProblem) -> Step:
+    """Rows of each convolution and linear layer alone; PAT has no groups across tensors."""
     places = list(zip(problem.params, problem.sets, strict=True))
     rows = {id(p) for p, number in places if number is not None and p.dim() > 1}
     grouped = {
@@ -46,8 +30,16 @@ def pat_group_lasso(problem: Any) -> Step:
         "group_type": "Dim0Grouper",
         "reg_lambda": problem.group_lasso * problem.k,
     }
+    return _pat(problem, grouped, {"params": [p for p, _ in places if id(p) not in rows]})
+
+
+def _pat(problem: Problem, *groups: dict[str, Any]) -> Step:
+    try:
+        from torchao.prototype.pat.optim import PruneOptimizer
+    except ImportError as error:
+        raise UnavailableError(f"torchao with prototype.pat: {first_line(error)}") from None
     base = torch.optim.SGD(
-        [grouped, {"params": [p for p, _ in places if id(p) not in rows]}],
+        list(groups),
         lr=problem.lr,
         momentum=problem.momentum,
         weight_decay=problem.weight_decay,

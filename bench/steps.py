@@ -7,7 +7,8 @@ same method gives the same weights.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,34 @@ class Problem:
             **options,
         ).step
         return step
+
+
+GROUP_LASSO = 1e-3
+
+
+@dataclass(frozen=True)
+class CoupledProblem(Problem):
+    """Parameters of which rows are coupled; ``sets`` has each one's number, or None."""
+
+    sets: Sequence[int | None] = ()
+    group_lasso: float = GROUP_LASSO
+    l1: float = 0.0
+
+    def members(self) -> list[list[Parameter]]:
+        """The parameters of each set."""
+        members: dict[int, list[Parameter]] = {}
+        for number, p in zip(self.sets, self.params, strict=True):
+            if number is not None:
+                members.setdefault(number, []).append(p)
+        return list(members.values())
+
+    def weight(self, members: Sequence[Tensor]) -> float:
+        """a_g: the root of a group's elements."""
+        return math.sqrt(sum(p.numel() // len(p) for p in members))
+
+    def row_threshold(self, members: Sequence[Tensor]) -> float:
+        """The threshold of a set's norms in one step."""
+        return self.lr * (self.group_lasso * self.k) * self.weight(members)
 
 
 def learning_rates(problem: Problem, varying: bool) -> Iterator[float]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import resnet_reg_ext
-from bench import ROOT, against, coupled, measure, models, tables
+from bench import ROOT, against, coupled, measure, models, steps, tables
 from bench.__main__ import main
 from bench.baselines import BASELINES
 from bench.checks import Checker
@@ -109,7 +109,7 @@ def test_coupled_rows_are_checked_before_they_are_timed(monkeypatch: pytest.Monk
     assert "ms" in rows["prox_elementwise"]
     assert "missing" in rows["compile_rows"]
     assert table["ratios"]["prox/limit"]["q50"] > 0
-    monkeypatch.setattr(coupled.CoupledProblem, "weight", lambda self, _: 1.0, raising=True)
+    monkeypatch.setattr(steps.CoupledProblem, "weight", lambda self, _: 1.0, raising=True)
     native = coupled.run(Progress(), 1, 1.0, compiles=False)["rows"][0]
     assert "differ from the reference" in native["missing"]
 
