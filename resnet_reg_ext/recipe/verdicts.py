@@ -68,7 +68,7 @@ def verdicts(results: Results) -> list[str]:
 
     A difference counts as seen where it exceeds its margin: with one seed that of the held-out
     images, which covers their choice but not the seed's; with several the larger of that and
-    Student's.
+    Student's. The loss has Student's alone, and none with one seed: results hold no image's loss.
     """
     (base_name, base), *others = results.items()
     held_out = held_out_of(results)
@@ -80,18 +80,21 @@ def verdicts(results: Results) -> list[str]:
 
 
 def difference(base: Sequence[Result], runs: Sequence[Result], held_out: str) -> str:
-    """The differences in held-out accuracy and gap, in words."""
+    """The differences in held-out accuracy and gap, over several seeds also in loss, in words."""
     parts = []
     for what, metric, up, down in (
         (f"{held_out} accuracy", f"{held_out}_accuracy", "higher", "lower"),
         ("gap", "gap", "larger", "smaller"),
+        (f"{held_out} loss", "held_out_loss", "higher", "lower"),
     ):
         found = [b - a for a, b in zip(values(base, metric), values(runs, metric), strict=True)]
-        margin = images_margin(base, runs)
-        if len(found) > 1:
-            margin = max(margin, _seeds_margin(found))
-        middle = mean(found)
-        if abs(middle) <= margin:
+        margins = [_seeds_margin(found)] if len(found) > 1 else []
+        if metric != "held_out_loss":
+            margins.append(images_margin(base, runs))
+        if not margins:
+            continue
+        middle, margin = mean(found), max(margins)
+        if not abs(middle) > margin:
             seen = f"no difference seen ({middle:+.3f}, within ±{margin:.3f})"
         else:
             seen = f"{up if middle > 0 else down} ({middle:+.3f} ± {margin:.3f})"
@@ -198,6 +201,6 @@ def report(results: Results, verdict: Sequence[str]) -> str:
     else:
         lines += [
             "- ± is the standard deviation over the seeds; in a verdict, what a difference must "
-            "exceed to be seen."
+            "exceed to be seen: for the loss that of the seeds alone."
         ]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from resnet_reg_ext.recipe import verdicts as compare
 from resnet_reg_ext.recipe.compare import reported
@@ -75,13 +76,34 @@ def test_all_right_against_a_third_of_three_images_is_no_difference_seen():
     assert "gap: no difference seen (+0.667" in verdict
 
 
+@pytest.mark.parametrize("losses", [(0.3, 0.4, 0.35), (0.9, 0.2, 0.55), (0.5, 0.5, 0.5)])
+def test_a_difference_in_loss_is_seen_over_seeds_where_a_paired_t_test_sees_it(losses):
+    runs = {"none": results(100, 0.5, 0.6, 0.7), "L1": results(100, 0.5, 0.6, 0.7)}
+    for run, loss in zip(runs["L1"], losses, strict=True):
+        run.history[-1]["validation_loss"] = loss
+    (verdict,) = compare.verdicts(runs)
+    said = verdict.partition("validation loss: ")[2]
+    found = np.array(losses) - 0.5
+    if not found.any():
+        assert said.startswith("no difference seen (+0.000, within ±0.000)")
+        return
+    interval = ttest_1samp(found, 0).confidence_interval(0.95)
+    half = (interval.high - interval.low) / 2
+    seen = interval.high < 0
+    figures = f"({found.mean():+.3f} ± {half:.3f})" if seen else f"({found.mean():+.3f}, within ±"
+    assert said.startswith("lower " + figures if seen else "no difference seen " + figures)
+    assert seen == (losses[0] == 0.3)
+    one = {name: of_name[:1] for name, of_name in runs.items()}
+    assert "loss" not in compare.verdicts(one)[0]
+
+
 def test_seeds_that_agree_do_not_make_a_small_difference_seen():
     tied = {"none": results(100, 0.50, 0.60), "L1": results(100, 0.51, 0.61)}
     (verdict,) = compare.verdicts(tied)
     # 110 and 112 of 200 images.
     assert interval(200, 110, 112)[1] == pytest.approx(0.099, abs=5e-4)
     assert "validation accuracy: no difference seen (+0.010, within ±0.100)" in verdict
-    assert "±0.000" not in verdict
+    assert "±0.000" not in verdict.partition("; validation loss")[0]
     assert "± 0.000" not in verdict
     (verdict,) = compare.verdicts(
         {"none": results(100, 0.50, 0.60), "L1": results(100, 0.71, 0.81)}
