@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -57,27 +58,42 @@ def _axes(plt: Any, title: str) -> tuple[Any, Any]:
 
 
 def _accuracy(plt: Any, runs: dict[str, Any], ink: str) -> Any:
-    """Test and training accuracy, the gap between them, and the share of zeros."""
-    figure, axes = _axes(plt, "ResNet-50, 200 digits, 30 % wrong labels, 5 seeds")
+    """Test and training accuracy, the gap between them, test loss, and the share of zeros."""
+    first = next(iter(runs.values()))
+    images = first[0]["data"]["train_images"]
+    figure, axes = _axes(plt, f"ResNet-50, {images} digits, each at its tuned strength")
+    low = 1.0
     for row, seeds in enumerate(runs.values()):
-        last = [seed["history"][-1] for seed in seeds]
-        train, test, zeros = (
-            statistics.mean(end[key] for end in last)
-            for key in ("train_accuracy", "test_accuracy", "zeros")
+        ends = [{**seed["history"][-1], **seed["test"]} for seed in seeds]
+        train, test, loss, zeros = (
+            statistics.mean(end[key] for end in ends)
+            for key in ("train_accuracy", "test_accuracy", "test_loss", "zeros")
         )
+        low = min(low, test)
         colour = COLOURS[OURS] if zeros > 0.01 else OTHERS
         axes.plot([test, train], [row, row], color=colour, linewidth=3, alpha=0.5)
         axes.plot([test], [row], "o", color=colour, markersize=9)
         axes.plot([train], [row], "o", color=colour, markersize=9, markerfacecolor="none")
         middle = (test + train) / 2
         axes.text(middle, row - 0.18, f"gap {train - test:.3f}", ha="center", color=ink)
-        axes.text(test - 0.015, row, f"{test:.3f}", ha="right", va="center", color=ink)
-        axes.text(1.02, row, f"{100 * zeros:.0f} % zeros", va="center", color=ink)
+        axes.annotate(
+            f"{test:.3f}",
+            (test, row),
+            (-8, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=ink,
+        )
+        right = f"loss {loss:.2f}, {100 * zeros:.0f} % zeros"
+        axes.annotate(right, (1, row), (12, 0), textcoords="offset points", va="center", color=ink)
     axes.set_yticks(range(len(runs)), list(runs))
     axes.set_ylim(len(runs) - 0.6, -0.6)
-    axes.set_xlim(0.52, 1.17)
-    axes.set_xticks([0.6, 0.7, 0.8, 0.9, 1.0])
-    axes.set_xlabel("accuracy: ● test   ○ training, on the wrong labels")
+    ticks = [tick / 20 for tick in range(math.floor(20 * low), 21)]
+    span = 1 - ticks[0]
+    axes.set_xlim(ticks[0] - 0.2 * span, 1 + 0.75 * span)
+    axes.set_xticks(ticks)
+    axes.set_xlabel(f"accuracy: ● test   ○ training; means of {len(first)} seeds")
     return figure
 
 

@@ -41,13 +41,14 @@ class SetReader:
 
     def __init__(self) -> None:
         self._said: list[list[Any]] = []
-        self._shapes: list[torch.Size] = []
         self._sets: list[CoupledSet] = []
         self._strengths: tuple[list[float], list[bool]] | None = None
         self._active: list[CoupledSet] = []
         self.coupled: set[int] = set()
         """The identities of the parameters of the sets that were read."""
+        self._params: list[Tensor] = []
         self._places: dict[int, Place] = {}
+        self._shapes: list[torch.Size] = []
         self._row_sets: list[RowSet] | None = None
 
     def read(self, groups: _Groups, frozen: Sequence[bool]) -> bool:
@@ -74,26 +75,20 @@ class SetReader:
         if strengths != self._strengths or not all(one.constant for one in self._active):
             self._strengths = self._row_sets = None
             self._active = [one for one in self._sets if _shrinks(one, groups, *strengths)]
-            self.coupled = {id(param) for one in self._active for _, param in one.members}
+            self._params = [param for one in self._active for _, param in one.members]
+            self.coupled = set(map(id, self._params))
             self._strengths = strengths
         return bool(self._active)
 
     def _find(self, groups: _Groups) -> None:
         said = [_said(group) for group in groups]
-        shapes = [
-            param.shape
-            for group in groups
-            if group.get("rows") is not None
-            for param in group["params"]
-        ]
-        same = len(said) == len(self._said) and all(map(_identical, said, self._said))
-        if same and shapes == self._shapes:
+        if len(said) == len(self._said) and all(map(_identical, said, self._said)):
             return
         self._said, self._strengths = [], None
         for g, group in enumerate(groups):
             check_lists(group, f"ProxSGD: param_groups[{g}]: ", len(group["params"]))
         self._sets = [_set_of(members, groups) for members in members_of(groups).values()]
-        self._said, self._shapes = said, shapes
+        self._said = said
 
     def row_sets(self, groups: _Groups, places: dict[int, Place]) -> list[RowSet]:
         """The sets of :meth:`read` whose parameters have gradients, for a backend.
@@ -105,10 +100,12 @@ class SetReader:
         Raises:
             ValueError: a set has gradients on some of its parameters only.
         """
-        if self._row_sets is None or places != self._places:
+        # Of those alone: parameters that aren't initialised yet have no shape.
+        shapes = [param.shape for param in self._params if id(param) in places]
+        if self._row_sets is None or places != self._places or shapes != self._shapes:
             made = [_row_set(one, places, groups) for one in self._active]
             self._row_sets = [one for one in made if one is not None]
-            self._places = places
+            self._places, self._shapes = places, shapes
         return self._row_sets
 
 

@@ -469,6 +469,20 @@ def test_zero_counts_include_dead_groups():
     assert (groups_of(params) == 0).all()
 
 
+def test_a_parameter_without_a_shape_yet_is_passed_over():
+    layer = nn.LazyLinear(6)
+    conv, weight, bias, _ = params = net()
+    group = {"params": [conv, weight, bias, layer.weight], "rows": [0, 0, 0, 1]}
+    optimizer = ProxSGD([group], **OPTIONS)
+    set_grads(params)
+    optimizer.step()
+    before = conv.detach().clone()
+    layer(drawn(2, 5)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(conv, before)
+    assert "momentum_buffer" in optimizer.state[layer.weight]
+
+
 def test_tensors_of_subclasses():
     """Pure PyTorch steps them as it does plain ones; one that refuses changes nothing."""
     expected = net()[:3]
