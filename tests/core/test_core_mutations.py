@@ -189,11 +189,11 @@ MUTANTS = [
         "bits_of_the_reference",
     ),
     Mutant(
-        "a row that isn't penalised rounds",
+        "a start that a product with 0 misses",
         "math/row_factor.h",
-        "factor == C(1) ? p : scaled",
-        "scaled",
-        "bits_of_the_reference",
+        "return factor == C(0) ? start : moved;",
+        "return moved;",
+        "its_start",
     ),
     Mutant(
         "the first piece's start",

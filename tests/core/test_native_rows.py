@@ -125,7 +125,7 @@ def test_a_group_at_its_threshold_is_its_start_to_the_bit():
     """The norm is that of the distance; the counter has what is there, and nothing that is zero."""
     rng = np.random.default_rng(12)
     start = rng.standard_normal((40, 70)).astype(np.float32)
-    start[0, :4] = [0.0, -0.0, 1e-40, 3e38]
+    start[1, :6] = [0.0, 0.0, -0.0, -0.0, 1e-40, 3e38]
     away = rng.standard_normal(start.shape).astype(np.float32) * np.float32(0.1)
     norms = np.sqrt(reference.square_sums((start + away) - start))
     thresholds = np.where(np.arange(40) % 2, norms, 0.5 * norms)
