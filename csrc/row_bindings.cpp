@@ -74,7 +74,6 @@ std::pair<RowSet, dlpack::Device> checked(const Described& described,
       device = batch.device;
     }
     const Operands& operands = batch.operands[place.at];
-    if (operands.start != nullptr) throw std::invalid_argument("coupled rows take no start");
     if (batch.storage != set.storage || batch.device.device_type != device.device_type ||
         batch.device.device_id != device.device_id || operands.numel % rows != 0) {
       throw std::invalid_argument(

@@ -16,7 +16,7 @@ struct RowMember {
 };
 
 // Parameters whose rows are coupled: row i of all of them together is one group. Members are in the
-// order in which squares are summed.
+// order in which squares are summed. Some may have a start, others not.
 struct RowSet {
   std::vector<RowMember> members;
   Storage storage;
@@ -50,8 +50,9 @@ struct RowLimits {
 };
 RowLimits row_limits();
 
-// The launches that update all sets, which have one storage and device: one, unless the table of
-// the kernel's parameter is too small for all. `capacity` bounds the sets of one launch; 0: as many
+// The launches that update all sets, which have one storage and device: one for the sets whose
+// members have no start and one for the others, unless the table of the kernel's parameter is too
+// small for all. `capacity` bounds the sets of one launch; 0: as many
 // as there is room for. Throws std::length_error for a set beyond the limits, or of more rows than
 // a grid can cover.
 std::vector<Launch> plan_rows(const std::vector<RowSet>& sets,

@@ -6,7 +6,7 @@ import math
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from .backends import dtensor
 from .options import Options
-from .row_groups import members_of, rows_and_weights, weights_of
-from .state import MASTER_WEIGHT, parameter_place
+from .row_groups import has_rows, members_of, rows_and_weights, weights_of
+from .state import MASTER_WEIGHT, parameter_place, towards_start
 from .structure import Channels, ChannelSet
 
 _WHO = "TargetSparsity"
@@ -81,12 +81,14 @@ class ChannelSteering:
 
     Raises:
         TypeError: ``sets`` aren't what ``channels`` returns.
-        ValueError: they are another model's, or a set's parameters don't have the same rows.
+        ValueError: they are another model's, a set's parameters don't have the same rows, or a
+            group with a set has ``toward="start"``.
     """
 
     def __init__(self, optimizer: Optimizer, of: str, sets: Channels | None) -> None:
         self.optimizer = optimizer
         groups = optimizer.param_groups
+        _refuse_starts(groups, of)
         self.sizes = {
             number: rows_and_weights(groups, members, weights_of(groups, members))[0]
             for number, members in members_of(groups).items()
@@ -246,6 +248,16 @@ class ChannelSteering:
         self.sizes, self.lost = dict(state["sizes"]), list(state["lost"])
         for key in _CONTROL:
             setattr(self, f"_{key}", state[key])
+
+
+def _refuse_starts(groups: Sequence[Mapping[str, Any]], of: str) -> None:
+    """Refuses sets that are pulled towards their start, where all channels are at first."""
+    for index, group in enumerate(groups):
+        if has_rows(group) and towards_start(group):
+            raise ValueError(
+                f"{_WHO}: of is {of!r}, and param_groups[{index}] has rows and toward='start': "
+                "must be 'zero' there, as channels are steered to zero; or take of='weights'"
+            )
 
 
 def _row_norms(value: Tensor) -> Tensor:

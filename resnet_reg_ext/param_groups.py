@@ -32,6 +32,10 @@ _WEIGHT_LAYERS = (
 )
 
 
+_Kind = tuple[set[nn.Parameter], dict[str, Any]]
+"""Parameters, and the options of their group."""
+
+
 def param_groups(
     model: nn.Module,
     *,
@@ -68,7 +72,8 @@ def param_groups(
 
     To fine-tune a pretrained model, ``toward="start"`` pulls its weights towards where training
     starts instead of towards zero. Weights of layers that are new, and start at random, are to be
-    named by ``new``: they are pulled towards zero, in a group of their own.
+    named by ``new``: they are pulled towards zero, in a group of their own. With ``group_lasso``
+    that is so for norms and biases too, as their elements belong to channels.
 
     Never regularised is a parameter whose length a parametrization divides out, such as the
     direction v of weight normalisation, g·v/\|v\|, or the weight below spectral normalisation: v
@@ -100,7 +105,8 @@ def param_groups(
         new: the same as ``exclude``, for parameters that aren't pretrained; with
             ``toward="start"`` only.
         group_lasso: coefficient of the group lasso on channels, for all groups; with
-            ``toward="zero"`` only. Needs ``example_inputs`` and
+            ``toward="start"`` of a channel's distance from its start, so that whole channels stay
+            exactly what they were. Needs ``example_inputs`` and
             ``pip install 'resnet_reg_ext[compact]'``.
         example_inputs: what one forward pass takes, as for :func:`resnet_reg_ext.channels`.
         sets: instead of it what :func:`resnet_reg_ext.channels` returned for this model.
@@ -112,14 +118,14 @@ def param_groups(
             the largest norms (default: 0).
 
     Returns:
-        One to three groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
+        One to four groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
 
     Raises:
         TypeError: ``model`` is no module.
         ValueError: the model has no parameters, a pattern matches none of their names, there are
             no channels for ``group_lasso``, ``importance`` lacks a set or has scores that aren't
-            usable, ``min_keep`` is out of its range, or ``toward`` is neither of the two,
-            ``"zero"`` with ``new``, or ``"start"`` with ``group_lasso``.
+            usable, ``min_keep`` is out of its range, or ``toward`` is neither of the two, or
+            ``"zero"`` with ``new``.
         ImportError: ``group_lasso`` is given, and torch-pruning isn't installed.
 
     Warns:
@@ -133,7 +139,7 @@ def param_groups(
     """
     _check_model(model)
     lasso = finite_and_not_negative(group_lasso, "param_groups: group_lasso")
-    _check_toward(toward, new, lasso)
+    _check_toward(toward, new)
     _check_for_lasso(lasso, importance, min_keep)
     given = {"exclude": exclude, "include": include, "new": new}
     excluded, included, unpretrained = every = [_Patterns(*one) for one in given.items()]
@@ -156,15 +162,13 @@ def param_groups(
         raise ValueError("param_groups: the model has no parameters")
     for patterns in every:
         patterns.check_all_matched()
-    regularised = {"l1": l1, "weight_decay": weight_decay}
-    groups = _by_kind(
-        names,
-        [
-            (never | (unless_included - wanted), {"l1": 0.0, "weight_decay": 0.0}),
-            (without_start, {**regularised, "toward": "zero"}),
-            (set(names), {**regularised, "toward": "start"} if toward == "start" else regularised),
-        ],
-    )
+    unregularised = never | (unless_included - wanted)
+    none, both = {"l1": 0.0, "weight_decay": 0.0}, {"l1": l1, "weight_decay": weight_decay}
+    kinds = [(unregularised, none), (set(names), both)]
+    if toward == "start":
+        # With a group lasso, norms and biases have rows of channels.
+        kinds = _towards_start(kinds, without_start, 0 if lasso > 0 else 1)
+    groups = _by_kind(names, kinds)
     if lasso > 0:
         rows, weights = coupled_rows(
             model,
@@ -208,9 +212,20 @@ def _check_model(model: Any) -> None:
         )
 
 
+def _towards_start(
+    kinds: Sequence[_Kind], without_start: set[nn.Parameter], first: int
+) -> list[_Kind]:
+    """Divides kinds from the ``first`` on by what their penalties pull towards."""
+    result = list(kinds[:first])
+    for kind, options in kinds[first:]:
+        result.append((kind & without_start, {**options, "toward": "zero"}))
+        result.append((kind, {**options, "toward": "start"}))
+    return result
+
+
 def _by_kind(
     names: Mapping[nn.Parameter, str],
-    kinds: Sequence[tuple[set[nn.Parameter], dict[str, Any]]],
+    kinds: Sequence[_Kind],
 ) -> list[dict[str, Any]]:
     """A group of each kind's parameters, where it has any; the first kind's comes last.
 
@@ -228,18 +243,13 @@ def _by_kind(
     return groups
 
 
-def _check_toward(toward: str, new: str | Sequence[str], group_lasso: float) -> None:
+def _check_toward(toward: str, new: str | Sequence[str]) -> None:
     """Refuses a ``toward`` that is none, or that another argument contradicts."""
     check_toward(toward, "param_groups: ")
     if toward == "zero" and new:
         raise ValueError(
             f"param_groups: new is {new!r} with toward='zero': all weights are pulled towards zero "
             "then; it needs toward='start'"
-        )
-    if toward == "start" and group_lasso > 0:
-        raise ValueError(
-            f"param_groups: group_lasso is {group_lasso} with toward='start': the group lasso "
-            "pulls towards zero only"
         )
 
 

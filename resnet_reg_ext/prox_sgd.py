@@ -50,6 +50,7 @@ class ProxSGD(Optimizer):
 
         d = grad + weight_decay * (p - start)    l2_mode="coupled"
         p = start + sign(v - start) * max(|v - start| - lr * l1 * k, 0)
+        p = start + (p - start) * max(1 - lr * group_lasso * a_g * k / norm(p_g - start_g), 0)
         p = start + (p - start) / (1 + lr * weight_decay * k)      l2_mode="proximal" only
 
     The factor k makes ``l1`` the coefficient in F. Heavy-ball momentum multiplies the effect of a
@@ -74,8 +75,7 @@ class ProxSGD(Optimizer):
             parameters with one integer, in whichever groups, is one group g of F. ``row_weights``
             has their a_g: None for √(elements), a number, or one for each row.
             :func:`resnet_reg_ext.param_groups` makes both. A set has one first dimension, device,
-            dtype, lr, momentum, dampening and group_lasso, and all or no gradients; ``toward`` is
-            ``"zero"``.
+            dtype, lr, momentum, dampening and group_lasso, and all or no gradients.
         maximize: ascend f instead of descending it (default: False).
         fused: None takes the native kernel, one pass over memory, for every tensor that it can take
             and pure PyTorch for the others; True raises where it can't; False always takes pure

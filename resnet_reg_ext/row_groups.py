@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .options import Options, finite_and_not_negative, group_lasso_of
 from .sparsity import has_l1
-from .state import parameter_name, parameter_place, towards_start
+from .state import parameter_name, parameter_place
 
 Place = tuple[int, int]
 """Index of a group, and of a parameter in it."""
@@ -41,7 +41,7 @@ def check_group(group: Mapping[str, Any], where: str, count: int | None = None) 
 
 def check_lists(group: Mapping[str, Any], where: str, count: int | None) -> None:
     """Refuses options of the group lasso, but for the numbers in ``row_weights``."""
-    coefficient = group_lasso_of(group, where)
+    group_lasso_of(group, where)
     for key in ("rows", "row_weights"):
         values = group.get(key)
         if values is None:
@@ -59,11 +59,6 @@ def check_lists(group: Mapping[str, Any], where: str, count: int | None) -> None
         for i, value in enumerate(values):
             if key == "rows" and value is not None and type(value) is not int:
                 raise ValueError(f"{where}rows[{i}] is {value!r}: must be an int or None")
-    if coefficient > 0 and has_rows(group) and towards_start(group):
-        raise ValueError(
-            f"{where}group_lasso is {group['group_lasso']} with rows and toward='start': the group "
-            "lasso pulls towards zero only; in this group take toward='zero', or no group_lasso"
-        )
 
 
 def check_used(groups: Sequence[Mapping[str, Any]]) -> None:

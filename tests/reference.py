@@ -187,7 +187,8 @@ def row_step(members, weights, *, group_lasso):
     """One step of a set of coupled rows, with frozen zeros nowhere.
 
     ``members``: for each parameter its p, g and m as for :func:`step`, its dtype, and its options;
-    the arrays are of (rows, elements of a row in memory order). ``weights``: a_g of each row.
+    the arrays, also an option ``start``, are of (rows, elements of a row in memory order).
+    ``weights``: a_g of each row.
     Returns the new p and m of each.
     """
     moved, total = [], np.zeros(len(weights))
@@ -200,7 +201,8 @@ def row_step(members, weights, *, group_lasso):
                 of_step["weight_decay"] = 0.0
             u, m = step(p, g, m, wide, **of_step)
             moved.append((u, m))
-            total = total + square_sums(u)
+            start = options.get("start")
+            total = total + square_sums(u if start is None else u - np.asarray(start, u.dtype))
         norms = np.sqrt(total)
         result = []
         for (u, m), (_, _, _, dtype, options) in zip(moved, members, strict=True):
@@ -208,11 +210,20 @@ def row_step(members, weights, *, group_lasso):
             k = (1 - options.get("dampening", 0.0)) / (1 - momentum) if momentum != 0 else 1.0
             t = lr * (group_lasso * k) * np.asarray(weights, np.float64)
             c = compute_type(dtype)
-            factors = (1 - t / norms).astype(c)
-            new = np.where((norms <= t)[:, None], c(0), u * factors[:, None])
+            factors = (1 - t / norms).astype(c)[:, None]
+            towards = np.asarray(options.get("start", np.zeros_like(u)), c)
+            scaled = factors * (u - towards)
+            scaled = np.where(towards == 0, scaled, towards + scaled)
+            scaled = np.where(factors == 1, u, scaled)
+            new = np.where((norms <= t)[:, None], towards, scaled)
             new = np.where((t == 0)[:, None], u, new)
-            if options.get("l2_mode") == "proximal":
-                new = new * c(1 / (1 + lr * (options.get("weight_decay", 0.0) * k)))
+            scale = c(1 / (1 + lr * (options.get("weight_decay", 0.0) * k)))
+            if options.get("l2_mode") == "proximal" and scale != 1:
+                fma = fma64 if c is np.float64 else fma32
+                if "start" in options:
+                    new = np.where(new == towards, new, fma(scale, new - towards, towards))
+                else:
+                    new = new * scale
             result.append((rounded(new.astype(c), dtype), m))
     return result
 

@@ -10,7 +10,7 @@ Kernel kernel_for(Storage, MomentumMode, UpdateForm, bool, bool) {
   throw std::logic_error("ProxSGD: built without a CPU kernel");
 }
 
-RowKernels row_kernels_for(Storage, MomentumMode, UpdateForm) {
+RowKernels row_kernels_for(Storage, MomentumMode, UpdateForm, bool) {
   throw std::logic_error("ProxSGD: built without a CPU kernel");
 }
 

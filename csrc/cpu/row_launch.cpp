@@ -36,13 +36,13 @@ int64_t rows_of_a_piece(int64_t width, int64_t rows) {
 // What updates and scales one member's rows; `ridge` is the factor r, which comes last.
 template <typename C>
 struct MemberKernel {
-  MemberKernel(const Options& options, Storage storage) {
+  MemberKernel(const Options& options, Storage storage, bool towards_start) {
     Options without_ridge = options;
     if (options.proximal) without_ridge.weight_decay = 0.0;
     c = coefficients<C>(without_ridge);
     ridge = coefficients<C>(options).scale;
     lr = options.lr;
-    kernels = row_kernels_for(storage, c.mode, simplest_form(c));
+    kernels = row_kernels_for(storage, c.mode, simplest_form(c), towards_start);
   }
 
   Coefficients<C> c;
@@ -69,6 +69,9 @@ Rows rows_of(const RowMember& member, const Piece& piece, const RowKernels& kern
   rows.at.grad = static_cast<const char*>(o.grad) + first * kernels.param_size;
   rows.at.momentum_buffer = from(o.momentum_buffer, kernels.momentum_size);
   rows.at.master_param = from(o.master_param, kernels.weight_size);
+  if (o.start != nullptr) {
+    rows.at.start = static_cast<const char*>(o.start) + first * kernels.start_size;
+  }
   rows.weights = rows.at.master_param != nullptr ? rows.at.master_param : rows.at.param;
   if (kernels.needs_scratch) rows.weights = scratch;
   return rows;
@@ -102,8 +105,8 @@ void run_piece(const Piece& piece, const std::vector<MemberKernel<C>>& members, 
     const int64_t width = set.members[n].width;
     int64_t* const num_zeros = set.members[n].operands.num_zeros;
     const Rows rows = rows_of(set.members[n], piece, members[n].kernels, own);
-    const int64_t zeros = members[n].kernels.scale(rows.at.param, rows.weights, count, width,
-                                                   factors, members[n].ridge, num_zeros != nullptr);
+    const int64_t zeros = members[n].kernels.scale(rows.at, rows.weights, count, width, factors,
+                                                   members[n].ridge, num_zeros != nullptr);
     if (num_zeros != nullptr) __atomic_fetch_add(num_zeros, zeros, __ATOMIC_RELAXED);
     own += count * width;
   }
@@ -121,7 +124,8 @@ void run(const std::vector<RowSet>& sets, const std::vector<Options>& options, i
     if ((set.storage == Storage::float64) != kWide) continue;
     std::vector<MemberKernel<C>> of_set;
     for (const RowMember& member : set.members) {
-      of_set.emplace_back(options[member.options], set.storage);
+      const bool towards_start = member.operands.start != nullptr;
+      of_set.emplace_back(options[member.options], set.storage, towards_start);
     }
     const int64_t width = width_of(set);
     const int64_t rows = rows_of_a_piece(width, set.rows);

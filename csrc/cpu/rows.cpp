@@ -6,6 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../math/row_factor.h"
 #include "../typed_arrays.h"
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define PROX_SGD_AVX2
@@ -32,23 +33,31 @@ struct Lanes {
   }
 };
 
-template <MomentumMode kMomentumMode, UpdateForm kUpdateForm>
+template <MomentumMode kMomentumMode, UpdateForm kUpdateForm, bool kStart>
 struct Variant {
   static constexpr MomentumMode kMode = kMomentumMode;
   static constexpr UpdateForm kForm = kUpdateForm;
+  static constexpr bool kTowardsStart = kStart;
 };
 
-// Updates element i and returns its square.
+// Updates element i and returns the square of it, or of its distance from its start.
 template <typename T, typename V>
 PROX_SGD_HD double update_one(const Coefficients<typename T::Compute>& c, const TypedArrays<T>& at,
                               typename T::Compute* weights, int64_t i) {
   using C = typename T::Compute;
   C p = load(at.weight[i]);
   C m = V::kMode == MomentumMode::running ? load(at.momentum_buffer[i]) : C(0);
-  update(c, V::kMode, V::kForm, p, load(at.grad[i]), m);
+  double wide;
+  if constexpr (V::kTowardsStart) {
+    const C start = load(at.start[i]);
+    update_towards(start, c, V::kMode, V::kForm, p, load(at.grad[i]), m);
+    wide = prox_sgd::sub_(p, start);
+  } else {
+    update(c, V::kMode, V::kForm, p, load(at.grad[i]), m);
+    wide = p;
+  }
   if (V::kMode != MomentumMode::none) at.momentum_buffer[i] = store<typename T::MomentumBuffer>(m);
   weights[i] = p;
-  const double wide = p;
   return wide * wide;
 }
 
@@ -59,7 +68,7 @@ struct Prepared {
   PROX_SGD_HD explicit Prepared(const Coefficients<C>& c) : each(c) {}
 };
 
-// Updates elements i to i + 15 and returns their squares.
+// Updates elements i to i + 15 and returns the squares, as update_one() does.
 template <typename T, typename V>
 PROX_SGD_HD Lanes update_sixteen(const Prepared<typename T::Compute>& c, const TypedArrays<T>& at,
                                  typename T::Compute* weights, int64_t i) {
@@ -91,13 +100,23 @@ PROX_SGD_HD Lanes update_sixteen(const Prepared<float>& c, const TypedArrays<T>&
   Floats p = load_floats(at.weight + i);
   Floats m(0.0f);
   if (V::kMode == MomentumMode::running) m = load_floats(at.momentum_buffer + i);
-  update(c.sixteen, V::kMode, V::kForm, p, load_floats(at.grad + i), m);
+  Floats distance;
+  if constexpr (V::kTowardsStart) {
+    const Floats start = load_floats(at.start + i);
+    update_towards(start, c.sixteen, V::kMode, V::kForm, p, load_floats(at.grad + i), m);
+    distance = sub_(p, start);
+  } else {
+    update(c.sixteen, V::kMode, V::kForm, p, load_floats(at.grad + i), m);
+    distance = p;
+  }
   if (V::kMode != MomentumMode::none) {
     Stored<typename T::MomentumBuffer>(m).write(at.momentum_buffer + i);
   }
   Stored<float>(p).write(weights + i);
-  return {square(_mm256_castps256_ps128(p.low)), square(_mm256_extractf128_ps(p.low, 1)),
-          square(_mm256_castps256_ps128(p.high)), square(_mm256_extractf128_ps(p.high, 1))};
+  return {square(_mm256_castps256_ps128(distance.low)),
+          square(_mm256_extractf128_ps(distance.low, 1)),
+          square(_mm256_castps256_ps128(distance.high)),
+          square(_mm256_extractf128_ps(distance.high, 1))};
 }
 
 #endif
@@ -107,6 +126,7 @@ PROX_SGD_HD void prefetch(const TypedArrays<T>& at, int64_t i) {
   __builtin_prefetch(at.weight + i, 0, 0);
   __builtin_prefetch(at.grad + i, 0, 0);
   if (V::kMode != MomentumMode::none) __builtin_prefetch(at.momentum_buffer + i, 0, 0);
+  if constexpr (V::kTowardsStart) __builtin_prefetch(at.start + i, 0, 0);
 }
 
 // Updates elements [begin, end), one segment, and returns their sum of squares.
@@ -163,14 +183,14 @@ void update_rows(const Operands& operands, const void* coefficients, void* to, i
 }
 
 template <typename P, typename C>
-int64_t scale(void* param, void* weights, int64_t rows, int64_t width, const double* factors,
+int64_t scale(const Operands& at, void* weights, int64_t rows, int64_t width, const double* factors,
               double ridge, bool counts) {
   const C r = static_cast<C>(ridge);
-  const bool in_place = param == weights;
+  const bool in_place = at.param == weights;
   int64_t num_zeros = 0;
   for (int64_t row = 0; row < rows; ++row) {
     C* const w = static_cast<C*>(weights) + row * width;
-    P* const p = static_cast<P*>(param) + row * width;
+    P* const p = static_cast<P*>(at.param) + row * width;
     const C factor = static_cast<C>(factors[row]);
     if (factor == C(0)) {
       memset(w, 0, static_cast<size_t>(width) * sizeof(C));
@@ -187,6 +207,53 @@ int64_t scale(void* param, void* weights, int64_t rows, int64_t width, const dou
   return num_zeros;
 }
 
+// The same of each row's distance from its start, of type W.
+template <typename P, typename C, typename W>
+int64_t scale_towards_start(const Operands& at, void* weights, int64_t rows, int64_t width,
+                            const double* factors, double ridge, bool counts) {
+  const C r = static_cast<C>(ridge);
+  const bool in_place = at.param == weights;
+  int64_t num_at_start = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    C* const w = static_cast<C*>(weights) + row * width;
+    P* const p = static_cast<P*>(at.param) + row * width;
+    const W* const start = static_cast<const W*>(at.start) + row * width;
+    const C factor = static_cast<C>(factors[row]);
+    if (factor != C(1) || r != C(1)) {
+      for (int64_t i = 0; i < width; ++i) {
+        const C from = load(start[i]);
+        w[i] = prox_sgd::scale_towards(from, scale_row_towards(from, w[i], factor), r);
+      }
+    }
+    if (!in_place) {
+      for (int64_t i = 0; i < width; ++i) p[i] = store<P>(w[i]);
+    }
+    if (counts) {
+      for (int64_t i = 0; i < width; ++i) num_at_start += is_at_start<P>(p[i], start[i]) ? 1 : 0;
+    }
+  }
+  return num_at_start;
+}
+
+// Towards the start only a basic step with momentum has a variant beside the general ones.
+template <typename T>
+auto update_towards_start_for(MomentumMode mode, UpdateForm form) -> decltype(RowKernels::update) {
+  constexpr auto kGeneral = UpdateForm::general;
+  constexpr auto kRunning = MomentumMode::running;
+  if (mode == MomentumMode::first_step) {
+    return update_rows<T, Variant<MomentumMode::first_step, kGeneral, true>>;
+  }
+  if (mode == MomentumMode::none) {
+    return update_rows<T, Variant<MomentumMode::none, kGeneral, true>>;
+  }
+  if constexpr (sizeof(typename T::Param) > 2) {
+    if (form == UpdateForm::basic) {
+      return update_rows<T, Variant<kRunning, UpdateForm::basic, true>>;
+    }
+  }
+  return update_rows<T, Variant<kRunning, kGeneral, true>>;
+}
+
 // The variants of elements.cpp, for its reasons; of 16-bit parameters only the general one, as each
 // takes long to compile.
 template <typename T>
@@ -194,31 +261,36 @@ auto update_for(MomentumMode mode, UpdateForm form) -> decltype(RowKernels::upda
   constexpr auto kNone = MomentumMode::none;
   constexpr auto kRunning = MomentumMode::running;
   if (mode == MomentumMode::first_step) {
-    return update_rows<T, Variant<MomentumMode::first_step, UpdateForm::general>>;
+    return update_rows<T, Variant<MomentumMode::first_step, UpdateForm::general, false>>;
   }
   if constexpr (sizeof(typename T::Param) > 2) {
     if (form == UpdateForm::basic) {
-      return mode == kNone ? update_rows<T, Variant<kNone, UpdateForm::basic>>
-                           : update_rows<T, Variant<kRunning, UpdateForm::basic>>;
+      return mode == kNone ? update_rows<T, Variant<kNone, UpdateForm::basic, false>>
+                           : update_rows<T, Variant<kRunning, UpdateForm::basic, false>>;
     }
     if (form == UpdateForm::nesterov) {
-      return update_rows<T, Variant<kRunning, UpdateForm::nesterov>>;
+      return update_rows<T, Variant<kRunning, UpdateForm::nesterov, false>>;
     }
   }
-  return mode == kNone ? update_rows<T, Variant<kNone, UpdateForm::general>>
-                       : update_rows<T, Variant<kRunning, UpdateForm::general>>;
+  return mode == kNone ? update_rows<T, Variant<kNone, UpdateForm::general, false>>
+                       : update_rows<T, Variant<kRunning, UpdateForm::general, false>>;
 }
 
 }  // namespace
 
-RowKernels row_kernels_for(Storage storage, MomentumMode mode, UpdateForm form) {
+RowKernels row_kernels_for(Storage storage, MomentumMode mode, UpdateForm form,
+                           bool towards_start) {
   return with_storage(storage, [=](auto tag) {
     using T = TypesOf<decltype(tag)::storage>;
     using P = typename T::Param;
     using C = typename T::Compute;
+    using W = typename T::Weight;
+    const auto update =
+        towards_start ? update_towards_start_for<T>(mode, form) : update_for<T>(mode, form);
+    const auto scale_rows = towards_start ? scale_towards_start<P, C, W> : scale<P, C>;
     return RowKernels{
-        update_for<T>(mode, form),          scale<P, C>, sizeof(P),
-        sizeof(typename T::MomentumBuffer), sizeof(C),   sizeof(typename T::Weight) < sizeof(C)};
+        update,    scale_rows,           sizeof(P), sizeof(typename T::MomentumBuffer), sizeof(C),
+        sizeof(W), sizeof(W) < sizeof(C)};
   });
 }
 

@@ -102,9 +102,8 @@ void launch(const std::vector<Launch>& launches, Storage storage, int device, vo
   const DeviceGuard guard(device);
   for (const Launch& launch : launches) {
     const size_t bytes = launch.parameters.size();
-    const void* const kernel = launch.coupled_rows
-                                   ? row_kernel_address(storage, bytes)
-                                   : kernel_address(storage, launch.towards_start, bytes);
+    const auto address = launch.coupled_rows ? row_kernel_address : kernel_address;
+    const void* const kernel = address(storage, launch.towards_start, bytes);
     if (kernel == nullptr) {
       throw std::logic_error("ProxSGD: plan and kernel were built for tables of different sizes");
     }

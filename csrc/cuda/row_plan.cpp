@@ -38,6 +38,11 @@ int64_t rows_of_a_piece(const RowSet& set) {
   return whole ? rows : rows / T::per_unit * T::per_unit;
 }
 
+bool has_start(const RowSet& set) {
+  return std::any_of(set.members.begin(), set.members.end(),
+                     [](const RowMember& member) { return member.operands.start != nullptr; });
+}
+
 bool equal(const RowOptions& a, const RowOptions& b) {
   bool same = true;
   Options::for_each_field(
@@ -53,8 +58,10 @@ class Plan {
  public:
   using C = typename T::Compute;
 
-  Plan(Storage storage, const std::vector<RowOptions>& options, int64_t capacity)
+  Plan(Storage storage, bool towards_start, const std::vector<RowOptions>& options,
+       int64_t capacity)
       : storage_(storage),
+        towards_start_(towards_start),
         options_(options),
         capacity_(capacity > 0 ? capacity : std::numeric_limits<int64_t>::max()) {
     reset();
@@ -69,7 +76,7 @@ class Plan {
     }
     sets_.push_back({set.weights, set.weight, set.lasso, set.rows, static_cast<int32_t>(pieces_),
                      static_cast<int32_t>(piece_rows), static_cast<int32_t>(members_.size()),
-                     static_cast<int32_t>(set.members.size())});
+                     static_cast<int32_t>(set.members.size()), 0});
     for (const RowMember& member : set.members) add(member);
     pieces_ += pieces;
   }
@@ -88,6 +95,7 @@ class Plan {
     // The kernel adds to it also where it doesn't use it: undefined for null.
     entry.momentum_buffer = o.momentum_buffer == nullptr ? o.param : o.momentum_buffer;
     entry.master_param = o.master_param;
+    entry.start = o.start;
     entry.num_zeros = o.num_zeros;
     entry.width = member.width;
     entry.group = static_cast<int64_t>(place(member.options, listed_));
@@ -130,7 +138,8 @@ class Plan {
     write(&header_, sizeof header_);
     write(sets_.data(), sets_.size() * sizeof(SetEntry));
     write(members_.data(), members_.size() * sizeof(MemberEntry));
-    Launch launch{std::string("prox_sgd_rows_") + name_of(storage_), false,
+    const std::string kernel = std::string("prox_sgd_rows_") + name_of(storage_);
+    Launch launch{kernel + (towards_start_ ? "_start" : ""), towards_start_,
                   static_cast<uint32_t>(pieces_), kThreads, std::move(table)};
     launch.coupled_rows = true;
     launches_.push_back(std::move(launch));
@@ -146,6 +155,7 @@ class Plan {
   }
 
   Storage storage_;
+  bool towards_start_;
   const std::vector<RowOptions>& options_;
   int64_t capacity_;
   Header<C> header_;
@@ -164,9 +174,15 @@ std::vector<Launch> plan_rows(const std::vector<RowSet>& sets,
                               const std::vector<RowOptions>& options, Storage storage,
                               int64_t capacity) {
   return with_storage(storage, [&](auto tag) {
-    Plan<TypesOf<decltype(tag)::storage>> plan(storage, options, capacity);
-    for (const RowSet& set : sets) plan.add(set);
-    return plan.finish();
+    std::vector<Launch> launches;
+    for (const bool towards_start : {false, true}) {
+      Plan<TypesOf<decltype(tag)::storage>> plan(storage, towards_start, options, capacity);
+      for (const RowSet& set : sets) {
+        if (has_start(set) == towards_start) plan.add(set);
+      }
+      for (Launch& launch : plan.finish()) launches.push_back(std::move(launch));
+    }
+    return launches;
   });
 }
 

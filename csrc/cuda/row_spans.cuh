@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "../math/row_factor.h"
 #include "../typed_arrays.h"
 #include "packs.cuh"
 #include "row_table.h"
@@ -18,13 +19,21 @@ struct GroupNow {
   double lr;
 };
 
-// What a block shares.
-template <typename C>
+// What a block shares. `starts` are of what is held; towards zero there are none.
+template <typename T, bool kStart>
 struct Shared {
+  using C = typename T::Compute;
   alignas(16) C held[kMostHeld<C>];
+  alignas(16) typename T::Weight starts[kStart ? kMostHeld<C> : 1];
   double sums[kMostSums];  // of the squares of a segment
   C factors[kThreads];     // of rows
   GroupNow<C> groups[kMostGroups];
+
+  // What element i adds to its row's norm: it, or its distance from its start.
+  __device__ __forceinline__ C distance(int i) const {
+    if constexpr (kStart) return sub_(held[i], load(starts[i]));
+    return held[i];
+  }
 };
 
 // Rows of one member that a block holds, or a part of one row.
@@ -46,15 +55,19 @@ struct Span {
   __device__ int segments() const { return width == 1 ? 0 : rows * segments_of_a_row(); }
 };
 
-template <typename T>
+template <typename T, bool kStart>
 __device__ __forceinline__ Span<T> span_of(const MemberEntry& member, MomentumMode mode,
                                            int64_t begin, int rows, int width) {
   constexpr int N = T::per_unit;
-  const Operands operands{
-      member.param, member.grad, member.momentum_buffer, member.master_param, nullptr, 0, nullptr};
+  Operands operands{};
+  operands.param = member.param;
+  operands.grad = member.grad;
+  operands.momentum_buffer = member.momentum_buffer;
+  operands.master_param = member.master_param;
+  operands.start = kStart ? member.start : nullptr;
   Span<T> span{arrays_from<T>(operands, begin), rows, width, 0, 0, 0, false};
   span.vectors = aligned<N>(span.arrays.param) && aligned<N>(span.arrays.grad) &&
-                 aligned<N>(span.arrays.weight) &&
+                 aligned<N>(span.arrays.weight) && (!kStart || aligned<N>(span.arrays.start)) &&
                  (mode == MomentumMode::none || aligned<N>(span.arrays.momentum_buffer));
   return span;
 }
@@ -96,9 +109,9 @@ __device__ __forceinline__ void hold(C* to, const C (&values)[N]) {
 }
 
 // Updates a span's elements up to the soft threshold, into shared memory.
-template <typename T>
+template <typename T, bool kStart>
 __device__ __forceinline__ void update_span(const Coefficients<typename T::Compute>& c,
-                                            const Span<T>& span, typename T::Compute* held,
+                                            const Span<T>& span, Shared<T, kStart>& s,
                                             bool stores_momentum) {
   using C = typename T::Compute;
   for_each_unit(span, [&](auto size, int at) {
@@ -107,18 +120,26 @@ __device__ __forceinline__ void update_span(const Coefficients<typename T::Compu
     Pack<typename T::Weight, N> p;
     Pack<typename T::Grad, N> g;
     Pack<typename T::MomentumBuffer, N> m{};
+    Pack<typename T::Weight, N> start{};
     read<Use::again>(t.weight + at, p);
     read<Use::once>(t.grad + at, g);
+    if (kStart && t.start) read<Use::once>(t.start + at, start);
     if (c.mode == MomentumMode::running) read<Use::once>(t.momentum_buffer + at, m);
     C values[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       C mi = load(m.values[i]);
       values[i] = load(p.values[i]);
-      update(c, c.mode, UpdateForm::general, values[i], load(g.values[i]), mi);
+      if constexpr (kStart) {
+        update_towards(load(start.values[i]), c, c.mode, UpdateForm::general, values[i],
+                       load(g.values[i]), mi);
+      } else {
+        update(c, c.mode, UpdateForm::general, values[i], load(g.values[i]), mi);
+      }
       m.values[i] = store<typename T::MomentumBuffer>(mi);
     }
-    hold<N>(held + span.held_at + at, values);
+    hold<N>(s.held + span.held_at + at, values);
+    if constexpr (kStart) hold<N>(s.starts + span.held_at + at, start.values);
     if (stores_momentum && c.mode != MomentumMode::none) {
       write<Use::once>(t.momentum_buffer + at, m);
     }
@@ -126,9 +147,9 @@ __device__ __forceinline__ void update_span(const Coefficients<typename T::Compu
 }
 
 // Scales a span's elements by their rows' factors and stores them. Returns how many of this
-// thread's are zero.
-template <typename T>
-__device__ __forceinline__ int store_span(const Span<T>& span, const Shared<typename T::Compute>& s,
+// thread's are zero, or at their start.
+template <typename T, bool kStart>
+__device__ __forceinline__ int store_span(const Span<T>& span, const Shared<T, kStart>& s,
                                           typename T::Compute ridge) {
   using C = typename T::Compute;
   int num_zeros = 0;
@@ -138,15 +159,26 @@ __device__ __forceinline__ int store_span(const Span<T>& span, const Shared<type
     Pack<typename T::Weight, N> weight;
     int row = at / span.width;
     int left = (row + 1) * span.width - at;  // of the row
-    const C* const held = s.held + span.held_at + at;
+    const int from = span.held_at + at;
+    const C* const held = s.held + from;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const C factor = s.factors[row];
-      const C scaled = mul_(mul_(held[i], factor), ridge);
-      const C value = factor == C(0) ? C(0) : scaled;
+      C value;
+      if constexpr (kStart) {
+        const C start = load(s.starts[from + i]);
+        value = scale_towards(start, scale_row_towards(start, held[i], factor), ridge);
+      } else {
+        const C scaled = mul_(mul_(held[i], factor), ridge);
+        value = factor == C(0) ? C(0) : scaled;
+      }
       stored.values[i] = store<typename T::Param>(value);
       weight.values[i] = store<typename T::Weight>(value);
-      num_zeros += is_zero(stored.values[i]);
+      if constexpr (kStart) {
+        num_zeros += is_at_start(stored.values[i], s.starts[from + i]);
+      } else {
+        num_zeros += is_zero(stored.values[i]);
+      }
       if (--left == 0) {
         ++row;
         left = span.width;
@@ -168,8 +200,9 @@ __device__ __forceinline__ double with_square(double sum, double x) {
 }
 
 // Adds the squares of each segment of a span. Half a warp takes a segment, each thread a lane.
-template <typename T, typename C>
-__device__ __forceinline__ void add_squares(const Span<T>& span, Shared<C>& s, int first_sum) {
+template <typename T, bool kStart>
+__device__ __forceinline__ void add_squares(const Span<T>& span, Shared<T, kStart>& s,
+                                            int first_sum) {
   constexpr int kWarps = kThreads / 32;
   const int segments = span.segments();
   const int of_a_row = span.segments_of_a_row();
@@ -184,9 +217,9 @@ __device__ __forceinline__ void add_squares(const Span<T>& span, Shared<C>& s, i
       const int row = segment / of_a_row;
       const int begin = segment % of_a_row * kSegment;
       const int end = min(begin + kSegment, span.width);
-      const C* const held = s.held + span.held_at + row * span.width;
+      const int from = span.held_at + row * span.width;
 #pragma unroll 4
-      for (int i = begin + lane; i < end; i += kLanes) sum = with_square(sum, held[i]);
+      for (int i = begin + lane; i < end; i += kLanes) sum = with_square(sum, s.distance(from + i));
     }
 #pragma unroll
     for (int distance = kLanes / 2; distance > 0; distance /= 2) {
@@ -197,10 +230,10 @@ __device__ __forceinline__ void add_squares(const Span<T>& span, Shared<C>& s, i
 }
 
 // A row's sum with its squares in a span added, segment after segment.
-template <typename T, typename C>
-__device__ __forceinline__ double with_squares(double sum, const Span<T>& span, const Shared<C>& s,
-                                               int first_sum, int row) {
-  if (span.width == 1) return with_square(sum, s.held[span.held_at + row]);
+template <typename T, bool kStart>
+__device__ __forceinline__ double with_squares(double sum, const Span<T>& span,
+                                               const Shared<T, kStart>& s, int first_sum, int row) {
+  if (span.width == 1) return with_square(sum, s.distance(span.held_at + row));
   const int count = span.segments_of_a_row();
 #pragma unroll 1
   for (int i = 0; i < count; ++i) sum = add_(sum, s.sums[first_sum + row * count + i]);

@@ -22,11 +22,13 @@ static_assert(kMostHeld<float> % kSegment == 0 && kMostHeld<double> % kSegment =
               "a part of a row is whole segments");
 
 // A parameter in the table, as Operands. Without momentum, its buffer's address is the parameter's.
+// In a set that has starts, null stands for a start of zeros.
 struct MemberEntry {
   void* param;
   const void* grad;
   void* momentum_buffer;
   void* master_param;
+  const void* start;
   int64_t* num_zeros;
   int64_t width : 48;
   int64_t group : 16;
@@ -43,6 +45,7 @@ struct SetEntry {
   int32_t piece_rows;  // 0: one row in parts
   int32_t first_member;
   int32_t members;
+  int64_t unused;
 };
 
 // Sets come first, then all members.
@@ -51,7 +54,7 @@ union RowSlot {
   MemberEntry member;
 };
 
-static_assert(sizeof(SetEntry) == 48 && sizeof(MemberEntry) == 48, "slots have one size");
+static_assert(sizeof(SetEntry) == 56 && sizeof(MemberEntry) == 56, "slots have one size");
 
 template <typename C>
 constexpr int kRowSlots = static_cast<int>((kLargeTable - sizeof(Header<C>)) / sizeof(RowSlot));
@@ -65,8 +68,8 @@ struct RowTable {
 static_assert(sizeof(RowTable<float>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
 static_assert(sizeof(RowTable<double>) <= PROX_SGD_PARAMETER_BYTES, "table too large");
 
-// The address by which the CUDA runtime knows a storage's kernel of coupled rows; null for a table
-// of another size than the kernel's.
-const void* row_kernel_address(Storage storage, size_t table_bytes);
+// The address by which the CUDA runtime knows a storage's kernel of coupled rows, towards zero or
+// for sets that have starts; null for a table of another size than the kernel's.
+const void* row_kernel_address(Storage storage, bool towards_start, size_t table_bytes);
 
 }  // namespace prox_sgd::cuda

@@ -21,6 +21,7 @@ namespace prox_sgd {
 
 PROX_SGD_HD float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 PROX_SGD_HD float mul_(float a, float b) { return __fmul_rn(a, b); }
+PROX_SGD_HD float add_(float a, float b) { return __fadd_rn(a, b); }
 PROX_SGD_HD float sub_(float a, float b) { return __fadd_rn(a, -b); }
 PROX_SGD_HD double fma_(double a, double b, double c) { return __fma_rn(a, b, c); }
 PROX_SGD_HD double mul_(double a, double b) { return __dmul_rn(a, b); }
@@ -34,6 +35,7 @@ PROX_SGD_HD double sqrt_(double a) { return __dsqrt_rn(a); }
 
 PROX_SGD_HD float fma_(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 PROX_SGD_HD float mul_(float a, float b) { return a * b; }
+PROX_SGD_HD float add_(float a, float b) { return a + b; }
 PROX_SGD_HD float sub_(float a, float b) { return a - b; }
 PROX_SGD_HD double fma_(double a, double b, double c) { return __builtin_fma(a, b, c); }
 PROX_SGD_HD double mul_(double a, double b) { return a * b; }

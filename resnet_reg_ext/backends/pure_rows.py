@@ -13,6 +13,7 @@ from torch import Tensor
 from .bucket import Run
 from .checks import COMPUTE_DTYPE
 from .pure import SINGLE, Coefficients, is_odd, plain, update_values
+from .pure_start import pull_towards
 from .row_sets import Part, RowSet
 from .workspace import CHUNK, Workspace
 
@@ -66,7 +67,7 @@ def _update_piece_(
 ) -> None:
     """Updates some rows of a set: element by element, then each row by its group's factor."""
     count = len(thresholds)
-    moved: list[tuple[Tensor, Tensor, Tensor | None, float]] = []
+    moved: list[tuple[Tensor, Tensor | None, Tensor, Tensor | None, float]] = []
     total = torch.zeros_like(thresholds)
     for n, (p, i) in enumerate(one.members):
         part = parts[p]
@@ -76,35 +77,61 @@ def _update_piece_(
         ]
         param, _, _, master, start = operands
         assert param is not None
-        assert start is None  # what row_groups.check_group refuses
         # Its own memory for each parameter: all are needed until the factors are known.
         dtype = COMPUTE_DTYPE[param.dtype]
         u = workspace.widened(f"p{n}", param if master is None else master, dtype)
+        origin = None if start is None else workspace.widened(f"start{n}", start, dtype)
         step = max(1, CHUNK * count // param.numel()) if param.is_cpu else count
         for at in range(0, count, step):
             rows = slice(at, at + step)
             grad, momentum_buffer = (None if t is None else t[rows] for t in operands[1:3])
-            _update_chunk_(u[rows], grad, momentum_buffer, part, workspace)
-            total[rows] += square_sums(_in_memory_order(u[rows]))
-        moved.append((u, param, master, part.options.l2_factor))
+            of_rows = None if origin is None else origin[rows]
+            _update_chunk_(u[rows], grad, momentum_buffer, of_rows, part, workspace)
+            distance = u[rows] if of_rows is None else u[rows] - of_rows
+            total[rows] += square_sums(_in_memory_order_of(param, distance))
+        moved.append((u, origin, param, master, part.options.l2_factor))
     norms = _square_roots(total)
     dead = (norms <= thresholds) & (thresholds != 0)
     factors = torch.where(thresholds == 0, 1.0, 1 - thresholds / norms)
     any_dead = not dead.is_cpu or bool(dead.any())  # which a GPU's host would wait for
-    for u, param, master, l2_factor in moved:
-        of_rows = [count] + [1] * (u.dim() - 1)
-        u.mul_(factors.to(u.dtype).view(of_rows))
-        if any_dead:
-            u.masked_fill_(dead.view(of_rows), 0)
-        if l2_factor != 1:
-            u.mul_(l2_factor)
+    for u, origin, param, master, l2_factor in moved:
+        per_row = [count] + [1] * (u.dim() - 1)
+        of_each = factors.to(u.dtype).view(per_row)
+        if origin is not None:
+            _scale_towards_(u, origin, of_each, dead.view(per_row), l2_factor)
+        else:
+            u.mul_(of_each)
+            if any_dead:
+                u.masked_fill_(dead.view(per_row), 0)
+            if l2_factor != 1:
+                u.mul_(l2_factor)
         for target in (param, master):
             if target is not None and target is not u:
                 target.copy_(u)
 
 
+def _scale_towards_(
+    u: Tensor, start: Tensor, factors: Tensor, dead: Tensor, l2_factor: float
+) -> None:
+    """Scales rows' distances from their start, by their factors and then the ridge penalty's.
+
+    The factors' product and sum are rounded each: torch has no fma whose factor is a tensor.
+    """
+    scaled = (u - start).mul_(factors)
+    scaled = torch.where(start == 0, scaled, start + scaled)
+    torch.where(factors == 1, u, scaled, out=u)
+    torch.where(dead, start, u, out=u)
+    if l2_factor != 1:
+        pull_towards(SINGLE, u, start, 0.0, l2_factor, None, None, None)
+
+
 def _update_chunk_(
-    u: Tensor, grad: Tensor | None, momentum_buffer: Tensor | None, part: Part, workspace: Workspace
+    u: Tensor,
+    grad: Tensor | None,
+    momentum_buffer: Tensor | None,
+    start: Tensor | None,
+    part: Part,
+    workspace: Workspace,
 ) -> None:
     """Updates rows up to the soft threshold: ``u``, in the compute dtype, and the momentum."""
     dtype = u.dtype
@@ -117,7 +144,9 @@ def _update_chunk_(
         m,
         Coefficients.of(part.options, dtype)._replace(l2_factor=1.0),
         part.bucket.first_step,
+        start,
         scratch=workspace.like("scratch", u, dtype),
+        distance=None if start is None else workspace.like("distance", u, dtype),
     )
     if momentum_buffer is not None and m is not None and m is not momentum_buffer:
         momentum_buffer.copy_(m)
@@ -131,12 +160,13 @@ def _square_roots(values: Tensor) -> Tensor:
     return torch.tensor(roots, dtype=values.dtype, device=values.device)
 
 
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """The tensor as (rows, elements of a row in the order of their addresses)."""
-    if tensor.is_contiguous():
-        return tensor.view(tensor.shape[0], -1)
-    inner = sorted(range(1, tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(0, *inner).reshape(tensor.shape[0], -1)
+def _in_memory_order_of(param: Tensor, values: Tensor) -> Tensor:
+    """Values as (rows, elements of a row in the order that the parameter's have in memory)."""
+    rows = values.shape[0]
+    if param.is_contiguous():
+        return values.reshape(rows, -1)
+    inner = sorted(range(1, param.dim()), key=param.stride, reverse=True)
+    return values.permute(0, *inner).reshape(rows, -1)
 
 
 def square_sums(rows: Tensor) -> Tensor:

@@ -517,47 +517,6 @@ def test_tensors_of_subclasses():
         assert_same(a, b)
 
 
-WITH_START = "group_lasso is 0.05 with rows and toward='start': the group lasso pulls towards zero"
-
-
-def test_a_start_is_refused_by_group_before_anything_changes():
-    """The group lasso pulls towards zero only, and its rows would lose their start unseen."""
-    params = net()
-    in_group = re.escape(f"ProxSGD: param_groups[1]: {WITH_START}")
-    with pytest.raises(ValueError, match=re.escape(f"ProxSGD: param_groups[0]: {WITH_START}")):
-        optimizer_of(params, toward="start")
-
-    optimizer = optimizer_of(params)
-    added = {"params": [nn.Parameter(drawn(6))], "rows": [3], "toward": "start"}
-    with pytest.raises(ValueError, match=re.escape(f"param_groups[2]: {WITH_START}")):
-        optimizer.add_param_group(added)
-    assert len(optimizer.param_groups) == 2
-
-    towards_start = optimizer_of(
-        net(), group_lasso=0.0, toward="start"
-    )  # without a penalty on rows
-    loaded = towards_start.state_dict()
-    loaded["param_groups"][1]["group_lasso"] = 0.05
-    with pytest.raises(ValueError, match=in_group):
-        towards_start.load_state_dict(loaded)
-    assert towards_start.param_groups[1]["group_lasso"] == 0.0
-
-    optimizer = optimizer_of(params)
-    set_grads(params)
-    optimizer.step()
-    saved = copy.deepcopy(optimizer.state_dict())
-    before = [p.detach().clone() for p in params]
-    optimizer.param_groups[1]["toward"] = "start"
-    with pytest.raises(ValueError, match=in_group):
-        optimizer.step()
-    optimizer.param_groups[1]["toward"] = "zero"
-    for p, was, i in zip(params, before, [0, 2, 3, 1], strict=True):
-        assert_same(p, was)
-        state = optimizer.state_dict()["state"][i]
-        assert state.keys() == {"momentum_buffer"}
-        assert_same(state["momentum_buffer"], saved["state"][i]["momentum_buffer"])
-
-
 def test_a_start_beside_coupled_rows():
     """Groups without rows may have one: they step as without the group lasso elsewhere."""
     results = []

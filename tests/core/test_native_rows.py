@@ -29,55 +29,66 @@ def run(made, threads=1):
     _C.prox_sgd_rows_(reader(), made, threads)
 
 
-def one_set(rows, thresholds, threads=1, num_zeros=None, **chosen):
+def one_set(rows, thresholds, threads=1, num_zeros=None, start=None, **chosen):
     """One step on rows of one parameter, with a gradient of zero."""
     p = array(rows)
     zeros = 0 if num_zeros is None else num_zeros.ctypes.data
-    reading = reader().read([p], [array(np.zeros(p.shape))], None, None, zeros)
+    starts = None if start is None else [array(start)]
+    reading = reader().read([p], [array(np.zeros(p.shape))], None, None, zeros, starts)
     made, kept = plan([reading], [options(lr=1.0, **chosen)], [([(0, 0)], len(p), 1.0, thresholds)])
     run(made, threads)
     assert kept
     return p
 
 
+@pytest.mark.parametrize("towards", ["zero", "start", "both"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_bits_of_the_reference(dtype, threads):
-    """Parameters of two groups, rows of more than a segment, a set of more than a piece."""
+def test_the_bits_of_the_reference(dtype, threads, towards):
+    """Parameters of two groups, rows of more than a segment, a set of more than a piece.
+
+    Both: the parameters of the second group have starts, and those of the first haven't.
+    """
     rng = np.random.default_rng(11)
+    has_start = {"zero": (False, False), "start": (True, True), "both": (False, True)}[towards]
     other = {**COUPLED, "l1": 0.0, "weight_decay": 0.2}
     of_groups = [(COUPLED, {}), (other, {"l2_mode": "proximal"})]
     rows_and_widths = [(5, [147, 1, 1100]), (70, [600, 1]), (3, [40_000, 17]), (600, [1, 2, 30])]
-    lists: list[list[list]] = [[[], [], []], [[], [], []]]
+    lists: list[list[list]] = [[[], [], [], []], [[], [], [], []]]
     sets, expected = [], []
     for rows, widths in rows_and_widths:
         members, of_reference = [], []
         for n, width in enumerate(widths):
             group = n % 2
-            drawn = [array(rng.standard_normal((rows, width)), dtype) for _ in range(3)]
+            drawn = [array(rng.standard_normal((rows, width)), dtype) for _ in range(4)]
+            drawn[3][:: 2 + n] = drawn[0][:: 2 + n]  # at their start
             members.append((group, len(lists[group][0])))
             for tensors, values in zip(lists[group], drawn, strict=True):
                 tensors.append(values)
             wide = np.float64 if dtype == "float64" else np.float32
-            p, g, m = (np.array(values, wide) for values in drawn)
+            p, g, m, start = (np.array(values, wide) for values in drawn)
             chosen, mode = of_groups[group]
-            of_reference.append((p, g, m, dtype, {**chosen, **mode}))
+            more = {"start": start} if has_start[group] else {}
+            of_reference.append((p, g, m, dtype, {**chosen, **mode, **more}))
         weights = rng.random(rows) * np.sqrt(sum(widths)) * 8
         weights[1] = 0.0
         sets.append((members, rows, 0.3 * ((1 - 0.0) / (1 - 0.9)), weights))
         result = reference.row_step(of_reference, weights, group_lasso=0.3)
-        expected.append((members, result))
-    readings = [reader().read(*of_group, None, 0) for of_group in lists]
+        expected.append((members, result, of_reference))
+    readings = [
+        reader().read(p, g, m, None, 0, starts if with_start else None)
+        for (p, g, m, starts), with_start in zip(lists, has_start, strict=True)
+    ]
     native = [options(**chosen, proximal=bool(mode)) for chosen, mode in of_groups]
     made, kept = plan(readings, native, sets)
     run(made, threads)
     assert kept
     dead = 0
-    for members, result in expected:
-        for (group, index), (p, m) in zip(members, result, strict=True):
+    for members, result, given in expected:
+        for (group, index), (p, m), of_member in zip(members, result, given, strict=True):
             for found, wanted in ((lists[group][0][index], p), (lists[group][2][index], m)):
                 reference.assert_same(np.array(found, wanted.dtype), wanted)
-            dead += (p == 0).all(1).sum()
+            dead += (p == of_member[4].get("start", 0)).all(1).sum()
     assert dead > 20
 
 
@@ -108,6 +119,35 @@ def test_zeros_of_zero_groups_are_counted():
     num_zeros = np.array([5], np.int64)
     one_set(np.ones((700, 3)), np.arange(700) % 2 * 9.0, 2, num_zeros)
     assert num_zeros[0] == 5 + 350 * 3
+
+
+def test_a_group_at_its_threshold_is_its_start_to_the_bit():
+    """The norm is that of the distance; the counter has what is there, and nothing that is zero."""
+    rng = np.random.default_rng(12)
+    start = rng.standard_normal((40, 70)).astype(np.float32)
+    start[1, :6] = [0.0, 0.0, -0.0, -0.0, 1e-40, 3e38]
+    away = rng.standard_normal(start.shape).astype(np.float32) * np.float32(0.1)
+    norms = np.sqrt(reference.square_sums((start + away) - start))
+    thresholds = np.where(np.arange(40) % 2, norms, 0.5 * norms)
+    num_zeros = np.array([0], np.int64)
+    p = one_set(start + away, thresholds, 2, num_zeros, start)
+    reference.assert_same(p[1::2], start[1::2])
+    assert (p[::2] != start[::2]).mean() > 0.9
+    assert num_zeros[0] == (p == start).sum() >= 1400
+
+
+def test_a_threshold_of_0_leaves_what_is_not_at_its_start():
+    """start + (p - start) would round."""
+    p, start = np.float32([[0.1, 1e-9, -0.0]]), np.float32([[0.7, 1.0, 0.0]])
+    assert (start + (p - start) != p).any()
+    reference.assert_same(one_set(p, [0.0], start=start), p)
+
+
+def test_a_nan_makes_its_group_nan_also_towards_a_start():
+    start = [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]
+    p = one_set([[np.nan, 2.0], [np.inf, 2.0], [1.5, 2.0]], [9.0, 9.0, 9.0], start=start)
+    assert np.isnan(p[0]).all()
+    assert p[1:].tolist() == [[np.inf, 2.0], [1.0, 2.0]]
 
 
 def test_each_member_is_found_by_its_place_in_the_list():

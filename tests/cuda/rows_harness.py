@@ -197,6 +197,8 @@ def expected(case: Case) -> tuple[list[np.ndarray], list[np.ndarray], list[np.nd
             chosen["l2_mode"] = "proximal" if options.get("proximal") else "coupled"
             chosen["momentum_dtype"] = storage.momentum
             before = m.reshape(shape) if with_momentum and not first else None
+            if t.start is not None:
+                chosen["start"] = harness.to_values(t.start, storage.weight).reshape(shape)
             members.append((p.reshape(shape), g.reshape(shape), before, storage.weight, chosen))
         weights = np.broadcast_to(np.asarray(one.weights, np.float64), one.rows)
         for p, m in reference.row_step(members, weights, group_lasso=case.group_lasso):
@@ -216,16 +218,19 @@ def failed(outcome: harness.Outcome, case: Case) -> set[str]:
     wanted = expected(case)
     if any(harness.differing(outcome, wanted, case.storage).values()):
         names.add("bytes")
-    if case.counts_zeros and outcome.zeros != harness.zeros_in(wanted[0], case.storage):
+    tensors = [t for one in case.sets for t, _ in one.members]
+    if case.counts_zeros and outcome.zeros != harness.zeros_in(wanted[0], case.storage, tensors):
         names.add("zeros")
     return names
 
 
-def near_thresholds(storage: str, rows: int, widths: Sequence[int]) -> Case:
+def near_thresholds(
+    storage: str, rows: int, widths: Sequence[int], towards_start: bool = False
+) -> Case:
     """Thresholds at the norm, and one and two last places of float64 below it, by turns.
 
     A factor is then so small that whatever changes the last place of a sum or of a threshold
-    changes it by a multiple, in every storage.
+    changes it by a multiple, in every storage; towards a start where that is so small, too.
     """
     rng = np.random.default_rng(1)
     kind = harness.STORAGES[storage]
@@ -233,10 +238,15 @@ def near_thresholds(storage: str, rows: int, widths: Sequence[int]) -> Case:
     for width in widths:
         bits = harness.to_bits(rng.standard_normal(rows * width), kind.weight)
         values = harness.to_values(bits, kind.weight)
+        start = None
+        if towards_start:
+            start = harness.to_bits(rng.standard_normal(rows * width) * 1e-18, kind.weight)
+            values = values - harness.to_values(start, kind.weight)
         total += reference.square_sums(values.reshape(rows, width))
-        p = harness.to_bits(values, kind.param)
+        p = harness.to_bits(harness.to_values(bits, kind.weight), kind.param)
         m = np.zeros(len(p), harness.BITS[kind.momentum])
-        members.append((harness.Tensor(p, np.zeros_like(p), m, w=bits if kind.master else None), 0))
+        master = bits if kind.master else None
+        members.append((harness.Tensor(p, np.zeros_like(p), m, w=master, start=start), 0))
     lr, lasso = 0.7, 0.3
     weights = np.sqrt(total) / (lr * lasso)
     weights[1::3] = np.nextafter(weights[1::3], 0.0)
@@ -277,13 +287,19 @@ def draw_set(
     widths: Sequence[int],
     groups: int,
     skewed: bool = False,
+    starts: float = 0.0,
 ) -> RowSet:
-    """Members in groups at random, and weights: one number, or one for each row."""
+    """Members in groups at random, and weights: one number, or one for each row.
+
+    ``starts``: the share of members that have one.
+    """
     unit = harness.STORAGES[storage].unit
     members = []
     for width in widths:
-        skews = tuple(int(s) for s in rng.integers(0, unit, 4) * (rng.random(4) < 0.4))
+        skews = tuple(int(s) for s in rng.integers(0, unit, 5) * (rng.random(5) < 0.4))
         tensor = draw(rng, rows, width, storage, skews if skewed else ())
+        if starts and rng.random() < starts:
+            (tensor,) = harness.with_starts([tensor], storage, int(rng.integers(2**31)))
         members.append((tensor, int(rng.integers(groups))))
     weights: float | np.ndarray = float(np.sqrt(sum(widths)) * rng.choice([0.1, 1.0, 3.0]))
     if rng.random() < 0.5:
@@ -319,5 +335,7 @@ def draw_case(rng: np.random.Generator, storage: str, number: int = 8) -> Case:
         rows = int(rng.choice([1, 2, 5, 9, 17, 40]))
         most = 12_000 // rows
         widths = [min(int(rng.choice(WIDTHS)), most) for _ in range(int(rng.integers(1, 5)))]
-        sets.append(draw_set(rng, storage, rows, widths, len(options), bool(rng.random() < 0.5)))
+        starts = float(rng.choice([0.0, 0.0, 0.5, 1.0]))
+        skewed = bool(rng.random() < 0.5)
+        sets.append(draw_set(rng, storage, rows, widths, len(options), skewed, starts))
     return Case(storage, sets, options, float(rng.choice([0.01, 0.3, 1.0])))

@@ -73,7 +73,14 @@ def assert_equal_bits(a, b):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"l2_mode": "proximal"}, {"momentum": 0.0, "maximize": True}, {"nesterov": True}],
+    [
+        {},
+        {"l2_mode": "proximal"},
+        {"momentum": 0.0, "maximize": True},
+        {"nesterov": True},
+        {"toward": "start"},
+        {"toward": "start", "l2_mode": "proximal", "momentum": 0.0},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("storage", STORAGES)

@@ -59,7 +59,7 @@ EXPECTED = {
         "current context": 1,
         "launches": 5,
     },
-    "kernel of coupled rows": 1010,
+    "kernel of coupled rows": 3010,
     "usable": [
         "",
         "no kernel of this build runs on CUDA device 1 (compute capability 3.5): reinstall with "
@@ -83,7 +83,8 @@ MUTANTS = [
     Mutant(
         "device put back by a new context", "set_context()(previous_); }", "cudaSetDevice(0); }"
     ),
-    Mutant("rows take the kernel of elements", "launch.coupled_rows\n", "false\n"),
+    Mutant("rows take the kernel of elements", "launch.coupled_rows ?", "false ?"),
+    Mutant("starts take the kernel towards zero", "launch.towards_start", "false"),
     Mutant("table's size unchecked", "if (kernel == nullptr) {", "if (false) {"),
 ]
 

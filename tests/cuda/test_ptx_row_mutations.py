@@ -37,6 +37,7 @@ class Mutant(NamedTuple):
     new: str
     caught_by: str = "bytes"
     storage: str = "float32"
+    start: bool = False  # whether it shows in sets with starts
 
 
 MUTANTS = [
@@ -129,6 +130,57 @@ MUTANTS = [
            "0 * member.width);"),
     Mutant("more rows than a block has sums for", PLAN, "&& sums <= kMostSums", "&& sums >= 0",
            "any"),
+    Mutant(
+        "norm of the weights",
+        SPANS,
+        "return sub_(held[i], load(starts[i]));",
+        "return held[i];",
+        start=True,
+    ),
+    Mutant(
+        "factor on the weight itself",
+        FACTOR,
+        "mul_(factor, sub_(p, start))",
+        "mul_(factor, p)",
+        start=True,
+    ),
+    Mutant(
+        "a threshold of 0 rounds",
+        FACTOR,
+        "factor == C(1) ? p : scaled",
+        "scaled",
+        start=True,
+    ),
+    Mutant(
+        "a start of 0 takes the sign of -0",
+        FACTOR,
+        "start == C(0) ? product : add_(start, product)",
+        "add_(start, product)",
+        start=True,
+    ),
+    Mutant("start of the neighbour", SPANS, "start = load(s.starts[from + i])",
+           "start = load(s.starts[(from + i) ^ 1])", start=True),
+    Mutant("no start read as one", SPANS, "if (kStart && t.start)", "if (kStart)", "any",
+           start=True),
+    Mutant("alignment of the start forgotten", SPANS,
+           "(!kStart || aligned<N>(span.arrays.start)) &&", "", "misaligned", start=True),
+    Mutant(
+        "zeros counted where there are starts",
+        SPANS,
+        "is_at_start(stored.values[i], s.starts[from + i])",
+        "is_zero(stored.values[i])",
+        "zeros",
+        start=True,
+    ),
+    Mutant(
+        "ridge towards zero",
+        SPANS,
+        "scale_towards(start, scale_row_towards(start, held[i], factor), ridge)",
+        "mul_(scale_row_towards(start, held[i], factor), ridge)",
+        start=True,
+    ),
+    Mutant("sets that have some starts only", PLAN, "std::any_of(", "std::all_of(", start=True),
+    Mutant("starts left out of the table", PLAN, "entry.start = o.start;", "", start=True),
 ]  # fmt: skip
 
 
@@ -139,6 +191,31 @@ def by_hand() -> Case:
     tensor = harness.Tensor(bits, np.zeros_like(bits), np.zeros_like(bits))
     weights = np.array([4.0, 9.0, 0.0, 9.0, 1.0])
     return Case("float32", [RowSet([(tensor, 0)], 5, weights)], [Options({"lr": 1.0})], 1.0)
+
+
+def by_hand_with_starts() -> Case:
+    """Groups at and above their thresholds, without one, with a NaN, with signed zeros."""
+    rows = np.float32([[-2, 6], [-2, 6], [0.1, 1e-9], [np.nan, 2], [-0.0, 7]])
+    start = np.float32([[1, 2], [1, 2], [0.7, 1], [1, 2], [0, 0]])
+    p, s = (of.ravel().view(np.uint32) for of in (rows, start))
+    tensor = harness.Tensor(p, np.zeros_like(p), np.zeros_like(p), start=s)
+    weights = np.array([5.0, 4.0, 0.0, 9.0, 1.0])
+    return Case("float32", [RowSet([(tensor, 0)], 5, weights)], [Options({"lr": 1.0})], 1.0)
+
+
+@functools.cache
+def cases_with_starts() -> list[Case]:
+    rng = np.random.default_rng(7)
+    both = [Options(PLAIN), Options(RIDGE)]
+    mixed = [draw_set(rng, "float32", 9, [33, 8, 1, 5], 2, starts=0.5) for _ in range(2)]
+    skewed = draw(rng, 5, 24, "float32", (0, 0, 0, 0, 1))
+    (skewed,) = harness.with_starts([skewed], "float32")
+    wide = draw_set(rng, "float32", 40, [400, 1], 2, starts=1.0)._replace(weights=2.0)
+    return [
+        by_hand_with_starts(),
+        Case("float32", [*mixed, RowSet([(skewed, 0)], 5, 1.0)], both),
+        Case("float32", [wide], both),
+    ]
 
 
 @functools.cache
@@ -168,9 +245,11 @@ def cases(storage: str) -> list[Case]:
     ]
 
 
-def failures(module: ptx.Module, plan: rows_harness.Plan, storage: str) -> Iterator[set[str]]:
+def failures(
+    module: ptx.Module, plan: rows_harness.Plan, storage: str, start: bool = False
+) -> Iterator[set[str]]:
     """The names of the checks that each case fails; two sets fill a table."""
-    for case in cases(storage):
+    for case in cases_with_starts() if start else cases(storage):
         outcome, params = rows_harness.execute(module, plan, case, capacity=2, budget=20_000)
         if case.options[0].on_device:
             given = [t.p for one in case.sets for t, _ in one.members]
@@ -186,6 +265,11 @@ def test_the_shipped_sources_pass_every_check(storage: str) -> None:
     assert set().union(*failures(module, rows_harness.installed_plan, storage)) == set()
 
 
+def test_the_shipped_sources_pass_every_check_towards_a_start() -> None:
+    module = harness.module_for(ARCH, source="rows.cu")
+    assert set().union(*failures(module, rows_harness.installed_plan, "float32", True)) == set()
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name.replace(" ", "-"))
 def test_a_planted_bug_is_caught(mutant: Mutant, tmp_path: Path) -> None:
     csrc = tmp_path / "csrc"
@@ -195,7 +279,9 @@ def test_a_planted_bug_is_caught(mutant: Mutant, tmp_path: Path) -> None:
     (csrc / mutant.file).write_text(source.replace(mutant.old, mutant.new))
     kernel = csrc / KERNEL
     others = rf"\nPROX_SGD_ROW_KERNEL\((?!{mutant.storage}\)|storage)\w+\)"
-    kernel.write_text(re.sub(others, "", kernel.read_text()))
+    variant = rf"\n  PROX_SGD_ROW_KERNEL_OF\(.*, {'false' if mutant.start else 'true'}\)( *\\)?"
+    text = re.sub(others, "", kernel.read_text())
+    kernel.write_text(re.sub(variant, lambda found: "\n \\" if found[1] else "\n", text))
     module, plan = harness.module_for(ARCH, source="rows.cu"), rows_harness.installed_plan
     if mutant.file != PLAN:
         module = harness.module_for(ARCH, csrc, FLAGS, source="rows.cu")
@@ -204,5 +290,5 @@ def test_a_planted_bug_is_caught(mutant: Mutant, tmp_path: Path) -> None:
     # Up to the first case that shows it.
     assert any(
         mutant.caught_by in found or (mutant.caught_by == "any" and found)
-        for found in failures(module, plan, mutant.storage)
+        for found in failures(module, plan, mutant.storage, mutant.start)
     )

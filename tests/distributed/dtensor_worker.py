@@ -109,10 +109,10 @@ def coupled_groups(model):
     ]
 
 
-def coupled(fused):
+def coupled(fused, **options):
     """Whole channels, which FSDP2 never cuts."""
     model = sharded(torch.float32)
-    optimizer = ProxSGD(coupled_groups(model), **COUPLED, fused=fused)
+    optimizer = ProxSGD(coupled_groups(model), **COUPLED, fused=fused, **options)
     train(model, optimizer)
     return outcome(model, optimizer)
 
@@ -352,6 +352,7 @@ def main(folder: Path) -> None:
         "tensor parallel": tensor_parallel(mesh),
         "coupled": coupled(True),
         "coupled, pure": coupled(False),
+        "coupled, start": coupled(True, toward="start"),
         "steered": steered_outcome(),
         "uncoupled": uncoupled(mesh),
         "clipped": clipped(),

@@ -106,13 +106,17 @@ def test_fsdp_with_master_weights(processes):
         assert all(row["master_weight"].dtype is torch.float32 for row in found.values())
 
 
-@pytest.mark.parametrize("name", ["coupled", "coupled, pure"])
+@pytest.mark.parametrize("name", ["coupled", "coupled, pure", "coupled, start"])
 def test_coupled_rows_give_the_bits_of_one_process(processes, name):
     model = net()
-    optimizer = ProxSGD(dtensor_worker.coupled_groups(model), **dtensor_worker.COUPLED)
+    toward = "start" if name.endswith("start") else "zero"
+    optimizer = ProxSGD(
+        dtensor_worker.coupled_groups(model), **dtensor_worker.COUPLED, toward=toward
+    )
     train(model, optimizer)
-    dead = [int((p.flatten(1) == 0).all(1).sum()) for p in (model[0].weight, model[2].weight)]
-    assert 0 < dead[0] < 8
+    target = net()[0].weight if toward == "start" else torch.tensor(0.0)
+    dead = int((model[0].weight == target).flatten(1).all(1).sum())
+    assert 0 < dead < 8
     for results in processes:
         assert_same_outcome(results[name], model, optimizer)
 

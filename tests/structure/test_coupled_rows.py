@@ -119,3 +119,56 @@ def test_training_after_a_removal_is_training_without(per_row):
         step(small, optimizer, of_small)
     # The order in which a processor adds.
     torch.testing.assert_close(small.eval()(x), whole.eval()(x), rtol=0, atol=1e-12)
+
+
+def test_towards_the_start_norms_belong_to_channels_and_new_layers_go_to_zero():
+    model = plain()
+    example = torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    given = {"group_lasso": 2.0, "example_inputs": example, "toward": "start", "new": "7.*"}
+    groups = param_groups(model, l1=0.1, weight_decay=0.2, **given)
+    assert {(g["toward"], g["l1"]): [n for n, _ in g["params"]] for g in groups} == {
+        ("start", 0.1): ["0.weight", "3.weight"],
+        ("zero", 0.1): ["7.weight"],
+        ("start", 0.0): ["1.weight", "1.bias", "3.bias"],
+        ("zero", 0.0): ["7.bias"],
+    }
+    assert all(g["group_lasso"] == 2.0 for g in groups)
+    start = copy.deepcopy(model.state_dict())
+    optimizer = ProxSGD(groups, lr=0.05)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        x = torch.rand(16, 3, 8, 8, generator=generator, dtype=torch.float64)
+        cross_entropy(model(x), torch.randint(4, (16,), generator=generator)).backward()
+        optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
+    assert moved == {"7.weight", "7.bias"}  # no channel has cause enough
+    assert (model[7].weight != start["7.weight"]).all()
+
+
+def test_channels_of_new_and_of_pretrained_layers_may_be_one_set():
+    """A new layer whose outputs are added to a pretrained stream."""
+
+    class Stream(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.old = nn.Conv2d(3, 6, 3, padding=1)
+            self.adapter = nn.Conv2d(3, 6, 1)
+            self.head = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.old(x) + self.adapter(x)))
+
+    model = Stream()
+    groups = param_groups(
+        model, group_lasso=50.0, example_inputs=EXAMPLE, toward="start", new=["adapter.*", "head.*"]
+    )
+    rows = by_name(groups, "rows")
+    coupled = ["old.weight", "old.bias", "adapter.weight", "adapter.bias"]
+    assert len({rows[name] for name in coupled}) == 1
+    start = copy.deepcopy(model.state_dict())
+    model(EXAMPLE).square().mean().backward()
+    ProxSGD(groups, lr=0.1, fused=True).step()
+    for name in coupled:
+        wanted = start[name] if name.startswith("old") else torch.zeros(())
+        assert (model.get_parameter(name) == wanted).all()

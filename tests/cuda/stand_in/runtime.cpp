@@ -60,8 +60,8 @@ namespace prox_sgd::cuda {
 const void* kernel_address(Storage, bool, size_t table_bytes) {
   return table_bytes < 3 ? nullptr : reinterpret_cast<const void*>(table_bytes);
 }
-const void* row_kernel_address(Storage storage, size_t table_bytes) {
-  return kernel_address(storage, false, table_bytes + 1000);
+const void* row_kernel_address(Storage storage, bool towards_start, size_t table_bytes) {
+  return kernel_address(storage, false, table_bytes + (towards_start ? 3000 : 1000));
 }
 }  // namespace prox_sgd::cuda
 
@@ -81,7 +81,7 @@ extern "C" const char* launch_two(int device, void* stream, int bytes) {
 }
 // A launch of coupled rows.
 extern "C" void launch_rows(int device, void* stream, int bytes) {
-  prox_sgd::cuda::Launch launch{"rows", false, 3, 256, {}};
+  prox_sgd::cuda::Launch launch{"rows", true, 3, 256, {}};
   launch.parameters.resize(static_cast<size_t>(bytes));
   launch.coupled_rows = true;
   prox_sgd::cuda::launch({launch}, prox_sgd::Storage::float32, device, stream);
