@@ -306,23 +306,27 @@ def _layers(optimizer: Optimizer, sets: Any) -> list[Layer]:
 
 def _number_of(one: ChannelSet, known: Mapping[str, tuple[int | None, Tensor]]) -> int | None:
     """The number of a set's rows in the optimizer; None where they aren't coupled there."""
-    numbers = set()
+    numbers: dict[str, int | None] = {}
     for index in one.producers:
         if index.tensor not in known:
             raise ValueError(_foreign(index.tensor))
         number, param = known[index.tensor]
-        numbers.add(number)
+        numbers[index.tensor] = number
         if number is not None and len(param) != one.size:
             raise ValueError(
                 f"{_WHO}: sets are another model's: {one.name} has {one.size} channels, and "
                 f"{index.tensor} {len(param)} rows"
             )
-    if len(numbers) > 1:
+    norms = {index.tensor for index in one.closing_norms}
+    # With param_groups(groups="norms") a set's norms alone are coupled.
+    by_norms = norms and all(numbers[tensor] is None for tensor in numbers.keys() - norms)
+    coupled = {number for tensor, number in numbers.items() if not by_norms or tensor in norms}
+    if len(coupled) > 1:
         raise ValueError(
             f"{_WHO}: sets are another model's: the producers of {one.name} aren't coupled in the "
             "optimizer"
         )
-    return numbers.pop()
+    return coupled.pop()
 
 
 def _foreign(name: str) -> str:

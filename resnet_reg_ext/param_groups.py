@@ -50,6 +50,7 @@ def param_groups(
     sets: Channels | None = None,
     importance: Mapping[str, Tensor] | None = None,
     min_keep: float = 0.0,
+    groups: str = "channels",
 ) -> list[dict[str, Any]]:
     r"""Splits a model's parameters into a regularised and an unregularised group.
 
@@ -91,6 +92,16 @@ def param_groups(
     that leaves Σ a_g·‖w_g‖ as large (the adaptive lasso of Zou, 2006). The channels that go first
     are those of the smallest ‖w_g‖/a_g, so with scores those that matter least.
 
+    With ``groups="norms"`` a group is a channel's elements of the norms alone,
+
+    .. math:: \lVert w_g \rVert^2 = \sum_{j} \gamma_{j,g}^2 + \beta_{j,g}^2,
+
+    which are the weights and biases of the norms j of its set. Behind a batch norm a channel is
+    gone when these are zero, whatever the convolution's row is; so the rows are in no group, and
+    keep ``l1`` and ``weight_decay``. Sets with a path that has no norm are left out. Source: Liu et
+    al., *Learning efficient convolutional networks through network slimming*, 2017, with these
+    groups in place of an l1 on the weights.
+
     A parameter that is used in several places is in one group, the unregularised one if any of its
     places is. Frozen parameters are included; an optimizer passes over them until they have a
     gradient.
@@ -116,6 +127,8 @@ def param_groups(
         min_keep: with ``group_lasso`` the fraction of each set's channels, in [0, 1), that isn't
             penalised (a_g = 0), so that no layer can be lost: those of the highest scores, or of
             the largest norms (default: 0).
+        groups: with ``group_lasso`` what a group consists of: ``"channels"``, all rows and elements
+            of a channel, or ``"norms"``, its norms' weights and biases.
 
     Returns:
         One to four groups with (name, parameter) pairs, for :class:`resnet_reg_ext.ProxSGD`.
@@ -124,14 +137,14 @@ def param_groups(
         TypeError: ``model`` is no module.
         ValueError: the model has no parameters, a pattern matches none of their names, there are
             no channels for ``group_lasso``, ``importance`` lacks a set or has scores that aren't
-            usable, ``min_keep`` is out of its range, or ``toward`` is neither of the two, or
-            ``"zero"`` with ``new``.
+            usable, ``min_keep`` is out of its range, ``groups`` or ``toward`` is neither of the
+            two, or ``toward`` is ``"zero"`` with ``new``.
         ImportError: ``group_lasso`` is given, and torch-pruning isn't installed.
 
     Warns:
         UserWarning: a parametrization can't be tried out; its parameters are told by name and
             shape. Or a set of channels isn't penalised, as a channel of it is more or less than one
-            row of each parameter.
+            row of each parameter, or has a path without a norm with ``groups="norms"``.
 
     Example:
         >>> optimizer = ProxSGD(param_groups(model, l1=1e-5, weight_decay=1e-4), lr=0.1)
@@ -140,7 +153,7 @@ def param_groups(
     _check_model(model)
     lasso = finite_and_not_negative(group_lasso, "param_groups: group_lasso")
     _check_toward(toward, new)
-    _check_for_lasso(lasso, importance, min_keep)
+    _check_for_lasso(lasso, importance, min_keep, groups)
     given = {"exclude": exclude, "include": include, "new": new}
     excluded, included, unpretrained = every = [_Patterns(*one) for one in given.items()]
     names: dict[nn.Parameter, str] = {}
@@ -168,18 +181,12 @@ def param_groups(
     if toward == "start":
         # With a group lasso, norms and biases have rows of channels.
         kinds = _towards_start(kinds, without_start, 0 if lasso > 0 else 1)
-    groups = _by_kind(names, kinds)
+    split = _by_kind(names, kinds)
     if lasso > 0:
-        rows, weights = coupled_rows(
-            model,
-            example_inputs,
-            excluded.matched,
-            sets=sets,
-            importance=importance,
-            min_keep=min_keep,
-        )
-        _couple(groups, lasso, rows, weights)
-    return groups
+        options: dict[str, Any] = {"sets": sets, "importance": importance, "min_keep": min_keep}
+        coupled = coupled_rows(model, example_inputs, excluded.matched, groups=groups, **options)
+        _couple(split, lasso, *coupled)
+    return split
 
 
 def _couple(
@@ -196,11 +203,14 @@ def _couple(
         group["row_weights"] = [weights.get(name) for name in names]
 
 
-def _check_for_lasso(group_lasso: float, importance: Any, min_keep: float) -> None:
-    """Refuses what would have no effect without a group lasso."""
-    if group_lasso == 0 and (importance is not None or min_keep):
+def _check_for_lasso(group_lasso: float, importance: Any, min_keep: float, groups: str) -> None:
+    """Refuses unknown groups, and what would have no effect without a group lasso."""
+    if groups not in ("channels", "norms"):
+        raise ValueError(f"param_groups: groups is {groups!r}: must be 'channels' or 'norms'")
+    if group_lasso == 0 and (importance is not None or min_keep or groups != "channels"):
         raise ValueError(
-            "param_groups: importance and min_keep are for group_lasso, which is 0: give one above"
+            "param_groups: importance, min_keep and groups are for group_lasso, which is 0: give "
+            "one above"
         )
 
 

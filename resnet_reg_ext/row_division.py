@@ -126,7 +126,7 @@ def _shrinks(
 
 def _said(group: Mapping[str, Any]) -> list[Any]:
     """All objects that say which sets a group has."""
-    said = [group.get("toward"), group_lasso_of(group) > 0]
+    said: list[Any] = []
     for values in (group["params"], group.get("rows"), group.get("row_weights")):
         said.append(type(values))
         said += values if isinstance(values, (list, tuple)) else [values]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -40,6 +40,9 @@ class ChannelSet:
             (weight and bias). A channel is zero for every input if all of these are zero.
         consumers: columns of the layers that read the channels.
         statistics: what else is indexed by channel: running means and variances, PReLU's slopes.
+        closing_norms: the producers that are norms' weights and biases, where every path from the
+            channels to their consumers leads through one of these norms: a channel is zero if
+            these are, whatever its other producers are. Empty where some path has no norm.
     """
 
     name: str
@@ -47,6 +50,7 @@ class ChannelSet:
     producers: tuple[ChannelIndex, ...]
     consumers: tuple[ChannelIndex, ...]
     statistics: tuple[ChannelIndex, ...] = ()
+    closing_norms: tuple[ChannelIndex, ...] = ()
 
     @property
     def all(self) -> tuple[ChannelIndex, ...]:
@@ -155,11 +159,44 @@ def nonzero_channels(
 
     Both zeros count as zero, NaN doesn't.
     """
-    live = torch.zeros(size, dtype=torch.bool)
-    for index in indices:
-        count = per_channel_sum((tensors[index.tensor] != 0).long(), index, size)
-        live |= count.cpu() > 0
+    return _channels_with(lambda tensor: tensor != 0, tensors, indices, size)
+
+
+@torch.no_grad()
+def live_channels(
+    one: ChannelSet, tensors: Mapping[str, Tensor], masters: Mapping[str, Tensor]
+) -> Tensor:
+    """Which channels of a set aren't zero for every input: (size,) of bool, on the CPU.
+
+    Zero are those whose closing norms are zero, or where there are none all producers. A NaN or an
+    infinity keeps a channel alive wherever it is: a norm's zero would make NaN of it.
+
+    Args:
+        one: the set.
+        tensors: the model's, by name.
+        masters: master weights by name, which must be zero too.
+    """
+    deciding = one.closing_norms or one.producers
+    live = nonzero_channels(tensors, deciding, one.size)
+    live |= nonzero_channels(masters, [i for i in deciding if i.tensor in masters], one.size)
+    others = [index for index in one.producers if index not in deciding]
+    if others and not bool(live.all()):
+        live |= _channels_with(lambda tensor: ~tensor.isfinite(), tensors, others, one.size)
     return live
+
+
+def _channels_with(
+    is_so: Callable[[Tensor], Tensor],
+    tensors: Mapping[str, Tensor],
+    indices: Sequence[ChannelIndex],
+    size: int,
+) -> Tensor:
+    """Which channels have an element that is so in one of these tensors."""
+    found = torch.zeros(size, dtype=torch.bool)
+    for index in indices:
+        count = per_channel_sum(is_so(tensors[index.tensor]).long(), index, size)
+        found |= count.cpu() > 0
+    return found
 
 
 def smallest_multiple(count: int, one: ChannelSet, multiple_of: int) -> int:
@@ -205,7 +242,7 @@ def without(sets: Channels, removed: Mapping[str, Sequence[int]]) -> Channels:
         stay = [i for i in range(one.size) if i not in lost]
         parts = [
             tuple(moved(index, stay) for index in part)
-            for part in (one.producers, one.consumers, one.statistics)
+            for part in (one.producers, one.consumers, one.statistics, one.closing_norms)
         ]
         smaller.append(ChannelSet(one.name, len(stay), *parts))
     return Channels(tuple(smaller), sets.excluded)

@@ -35,7 +35,9 @@ def channels(model: nn.Module, example_inputs: Any) -> Channels:
     gives the candidates. Each is tried out on a copy with random float64 weights: half of its
     channels are set to zero and then taken out, and the outputs must agree to a relative 1e-9. A
     set that fails is listed in ``excluded`` with the module that prevents the removal: a LayerNorm
-    mixes channels, for example, and a sigmoid turns 0 into 0.5.
+    mixes channels, for example, and a sigmoid turns 0 into 0.5. Whether a set's norms alone make
+    its channels zero (``closing_norms``) is tried in the same way: the outputs must be those of
+    zeros in all producers, and every consumer must read zeros.
 
     Args:
         model: any module; it isn't changed, and its hooks aren't run.

@@ -15,6 +15,7 @@ from .channel_sets import (
     Channels,
     ChannelSet,
     flat_indices,
+    live_channels,
     nonzero_channels,
     smallest_multiple,
     tensors_of,
@@ -47,11 +48,13 @@ def compact(
     average: AveragedModel | None = None,
     sets: Channels | None = None,
 ) -> Compacted:
-    """Takes out every channel whose producers are all exactly zero. The outputs stay the same.
+    """Takes out every channel that is zero for every input. The outputs stay the same.
 
-    A channel's producers are its rows of convolutions and linear layers, weight and bias, and its
-    elements of norms. A channel with zero rows but a bias or a norm that isn't zero would leave a
-    constant: it stays, and the report says so. At least one channel of every set stays. A residual
+    That is one whose producers are all exactly zero: its rows of convolutions and linear layers,
+    weight and bias, and its elements of norms. Where each path from them leads through a norm
+    (``ChannelSet.closing_norms``), those of the norms are enough, as long as the others are finite.
+    A channel with zero rows but a bias or a norm that isn't zero would leave a constant: it stays,
+    and the report says so. At least one channel of every set stays. A residual
     block whose branch gives only zeros is replaced by its shortcut (torchvision's ResNets,
     MobileNetV2 and EfficientNet, timm's ResNets).
 
@@ -97,9 +100,7 @@ def compact(
     masters = _master_weights(model, optimizer)
     live, kept = [], []
     for one in found:
-        alive = nonzero_channels(tensors, one.producers, one.size)
-        mastered = [index for index in one.producers if index.tensor in masters]
-        alive |= nonzero_channels(masters, mastered, one.size)
+        alive = live_channels(one, tensors, masters)
         live.append(alive)
         kept.append(_filled_up(alive, smallest_multiple(int(alive.sum()), one, multiple_of)))
     blocks = dead_branches(model, found, live)
@@ -176,7 +177,8 @@ def zero_dead_columns(model: nn.Module, sets: Channels, optimizer: Optimizer | N
     The columns that read a zero channel have no effect on the outputs. But momentum and weight
     decay still move them, they count in gradient norms, and they pass gradients to the channel. So
     they are set to zero, as are the gradients and the optimizer state of these columns and of the
-    channel's own rows. Call it after each step.
+    channel's own rows. Rows of a convolution whose norm is zero become zero themselves, as weight
+    decay and momentum would go on moving them. Call it after each step.
 
     Args:
         model: its outputs stay the same.
@@ -201,9 +203,7 @@ def zero_dead_columns(model: nn.Module, sets: Channels, optimizer: Optimizer | N
     state: dict[Tensor, Any] = {} if optimizer is None else optimizer.state
     count = 0
     for one in sets:
-        dead = ~nonzero_channels(tensors, one.producers, one.size)
-        mastered = [index for index in one.producers if index.tensor in masters]
-        dead &= ~nonzero_channels(masters, mastered, one.size)
+        dead = ~live_channels(one, tensors, masters)
         if not bool(dead.any()):
             continue
         count += int(dead.sum())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..row_groups import default_weight
-from .channel_sets import Channels, ChannelSet
+from .channel_sets import ChannelIndex, Channels
 from .compact import checked_sets
 
 
@@ -23,10 +23,12 @@ def coupled_rows(
     sets: Channels | None = None,
     importance: Mapping[str, Tensor] | None = None,
     min_keep: float = 0.0,
+    groups: str = "channels",
 ) -> tuple[dict[str, int], dict[str, float | Tensor]]:
     """Which parameters' rows are coupled, by name: the set's number, and the weights of its rows.
 
-    A weight is the square root of the number of elements of a channel; with ``importance`` or
+    They are those of all producers of a set, or with ``groups="norms"`` those of its closing
+    norms. A weight is the square root of the number of elements of a group; with ``importance`` or
     ``min_keep``, see :func:`row_weights`.
 
     Args:
@@ -36,12 +38,15 @@ def coupled_rows(
         sets: what ``channels`` returned for this model.
         importance: scores of the channels by the set's name.
         min_keep: the fraction of each set's channels that gets the weight 0.
+        groups: ``"channels"`` or ``"norms"``.
 
     Raises:
-        ValueError: there are no example inputs, or no channels; or as :func:`row_weights` has it.
+        ValueError: there are no example inputs, or no such channels; or as :func:`row_weights`
+            has it.
 
     Warns:
-        UserWarning: a set is left out, as its channels aren't single rows.
+        UserWarning: a set is left out, as its channels aren't single rows, or have no closing
+            norms.
     """
     if example_inputs is None and sets is None:
         raise ValueError(
@@ -55,26 +60,35 @@ def coupled_rows(
     }
     found = checked_sets(model, example_inputs, sets, "param_groups")
     coupled: dict[str, Mapping[str, Tensor]] = {}
-    odd = []
+    odd, open_ = [], []
     for one in found:
-        producers = dict(named[producer.tensor] for producer in one.producers)
         if excluded & {producer.tensor for producer in one.producers}:
             continue
-        if not _in_single_rows(one, {name: p.shape[0] for name, p in producers.items()}):
+        members = one.closing_norms if groups == "norms" else one.producers
+        params = dict(named[index.tensor] for index in members)
+        if not members:
+            open_.append(one.name)
+        elif not _in_single_rows(one.size, members, {n: len(p) for n, p in params.items()}):
             odd.append(one.name)
-            continue
-        coupled[one.name] = producers
-    if odd:
-        warnings.warn(
-            f"param_groups: group_lasso leaves out the channels of {', '.join(odd)}: a channel "
-            "there isn't one row of each parameter",
-            stacklevel=3,
-        )
+        else:
+            coupled[one.name] = params
+    reasons = {
+        "a channel there isn't one row of each parameter": odd,
+        "groups='norms' needs a norm in every path from their layers": open_,
+    }
+    for reason, names in reasons.items():
+        if names:
+            warnings.warn(
+                f"param_groups: group_lasso leaves out the channels of {', '.join(names)}: "
+                f"{reason}",
+                stacklevel=3,
+            )
     if not coupled:
-        reasons = "; ".join(str(one) for one in found.excluded)
+        why = [f"{name}: {reason}" for reason, names in reasons.items() for name in names]
+        why += map(str, found.excluded)
         raise ValueError(
             "param_groups: group_lasso: the model has no channels whose rows can be penalised"
-            + (f" ({reasons})" if reasons else "")
+            + (f" ({'; '.join(why)})" if why else "")
         )
     weights = row_weights(coupled, importance, min_keep)
     return (
@@ -171,9 +185,11 @@ def _checked_scores(one: str, importance: Mapping[str, Tensor], norms: Tensor) -
     return scores.detach().double().cpu()
 
 
-def _in_single_rows(one: ChannelSet, first_dimensions: dict[str, int]) -> bool:
-    """Whether channel i is row i of every producer, and these have no other rows."""
-    single = tuple((i,) for i in range(one.size))
-    return all(
-        producer.dim == 0 and producer.indices == single for producer in one.producers
-    ) and all(size == one.size for size in first_dimensions.values())
+def _in_single_rows(
+    size: int, members: Sequence[ChannelIndex], first_dimensions: Mapping[str, int]
+) -> bool:
+    """Whether channel i is row i of every member, and these have no other rows."""
+    single = tuple((i,) for i in range(size))
+    return all(index.dim == 0 and index.indices == single for index in members) and all(
+        rows == size for rows in first_dimensions.values()
+    )

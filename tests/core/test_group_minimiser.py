@@ -1,10 +1,13 @@
 """Training with group_lasso settles at the minimiser of F, whole groups exactly at 0 or start."""
 
 import functools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import MultiTaskLasso
 from test_minimiser import TRAJECTORIES
 from torch import nn
 
@@ -129,3 +132,79 @@ def test_minimiser(problem, trajectory, toward, l2_mode, l1):
     if trajectory == "momentum" and problem == "quadratic":
         # A threshold of lr * group_lasso would settle elsewhere.
         assert np.abs(trained(*how, lasso / gain(options)) - start - expected).max() > 1e-3
+
+
+def settled(gradient, params, lr, steps, fused, **options):
+    """Trains on the full gradient of all parameters."""
+    optimizer = ProxSGD(params, lr=lr / gain(options), weight_decay=0.0, fused=fused, **options)
+    for _ in range(steps):
+        gradient()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("trajectory", ["plain", "momentum", "nesterov"])
+def test_against_scikit_learns_multi_task_lasso(trajectory, fused):
+    """Its objective: |Y - X W|^2 / 2n + alpha sum of |W_i| over the rows, one for each feature."""
+    generator = np.random.default_rng(3)
+    x = generator.standard_normal((120, 20))
+    x[:, 4:] += 0.5 * x[:, :-4]
+    truth = np.where(generator.random((20, 1)) < 0.4, generator.standard_normal((20, 6)), 0)
+    y = x @ truth + 0.3 * generator.standard_normal((120, 6))
+    alpha = 0.35
+    theirs = MultiTaskLasso(alpha, fit_intercept=False, tol=1e-14, max_iter=10**6).fit(x, y)
+    expected = theirs.coef_.T
+    dead = (expected == 0).all(1)
+    assert 3 < dead.sum() < 17
+    assert not (expected[~dead] == 0).any()
+
+    w = nn.Parameter(torch.zeros(20, 6, dtype=torch.float64))
+    matrix, side = torch.tensor(x.T @ x / len(y)), torch.tensor(x.T @ y / len(y))
+
+    def gradient():
+        w.grad = matrix @ w.detach() - side
+
+    groups = [{"params": [w], "rows": [0], "row_weights": [1.0]}]
+    lr = 1 / np.linalg.eigvalsh(matrix.numpy()).max()
+    options = {"l1": 0.0, "group_lasso": alpha, **TRAJECTORIES[trajectory]}
+    settled(gradient, groups, lr, 800, fused, **options)
+    ours = w.detach().numpy()
+    assert np.array_equal(ours == 0, expected == 0)
+    assert np.abs(ours - expected).max() < 1e-6  # how far scikit-learn's own solver goes
+
+
+@functools.cache
+def of_skglm():
+    """See data/make_sparse_group_lasso.py."""
+    path = Path(__file__).parent / "data" / "sparse_group_lasso.json"
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(("problem", "l1"), [("groups", 0.0), ("sparse groups", 0.04)])
+def test_against_skglm_on_groups_of_unequal_sizes(problem, l1):
+    """Its objective: |y - X w|^2 / 2n + sum of weights_g |w_g| + l1 |w|_1."""
+    data = of_skglm()
+    x, y, expected = (np.array(v) for v in (data["x"], data["y"], data["solutions"][problem]))
+    ends = np.cumsum(data["sizes"])
+    parts = [slice(end - size, end) for size, end in zip(data["sizes"], ends, strict=True)]
+    dead = [not expected[part].any() for part in parts]
+    assert 1 < sum(dead) < len(dead) - 1
+    alive = np.repeat(~np.array(dead), data["sizes"])
+    assert bool((expected[alive] == 0).any()) == (l1 > 0)
+
+    # A set with one row is one group.
+    params = [nn.Parameter(torch.zeros(1, size, dtype=torch.float64)) for size in data["sizes"]]
+
+    def gradient():
+        w = torch.cat([p.detach()[0] for p in params]).numpy()
+        slope = torch.from_numpy(x.T @ (x @ w - y) / len(y))
+        for p, part in zip(params, parts, strict=True):
+            p.grad = slope[part][None].clone()
+
+    groups = [{"params": params, "rows": list(range(len(params))), "row_weights": data["weights"]}]
+    lr = 1 / np.linalg.eigvalsh(x.T @ x / len(y)).max()
+    options = {"l1": l1, "group_lasso": 1.0, "momentum": 0.9}
+    settled(gradient, groups, lr, 1200, True, **options)
+    ours = torch.cat([p.detach()[0] for p in params]).numpy()
+    assert np.array_equal(ours == 0, expected == 0)
+    assert np.abs(ours - expected).max() < 1e-6  # how far skglm's own solver goes

@@ -108,17 +108,18 @@ def network(name):
 
 
 @torch.no_grad()
-def kill(model, sets, dead):
+def kill(model, sets, dead, by_norms=False):
     """Sets the producers of channels to zero.
 
     Args:
         model: is changed.
         sets: its sets.
         dead: by the set's name the numbers of channels.
+        by_norms: only the norms of those sets that have closing ones.
     """
     tensors = dict(model.named_parameters())
     for one in sets:
-        for index in one.producers:
+        for index in (by_norms and one.closing_norms) or one.producers:
             rows = [row for i in dead.get(one.name, ()) for row in index.indices[i]]
             tensors[index.tensor].index_fill_(index.dim, torch.tensor(rows, dtype=torch.long), 0)
     return model

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
-from resnet_reg_ext import channels, compact
+from resnet_reg_ext import channels, compact, zero_dead_columns
 
 EXAMPLE = torch.rand(1, 3, 8, 8)
 
@@ -44,9 +44,9 @@ def test_outputs_are_equal_without_the_dead_channels(name):
 
     # A failure isn't shrunk: each try holds two models.
     @settings(max_examples=3, phases=[Phase.generate])
-    @given(dead_channels(sets))
-    def check(dead):
-        killed = kill(copy.deepcopy(model), sets, dead)
+    @given(dead_channels(sets), st.booleans())
+    def check(dead, by_norms):
+        killed = kill(copy.deepcopy(model), sets, dead, by_norms)
         result = compact(killed, None, sets=sets)
         expected, got = outputs(killed, x), outputs(result.model, x)
         assert (got - expected).abs().max() <= 1e-12 * expected.abs().max()
@@ -62,14 +62,15 @@ def test_outputs_are_equal_without_the_dead_channels(name):
     check()
 
 
+@pytest.mark.parametrize("by_norms", [False, True], ids=["whole", "norms"])
 @pytest.mark.parametrize("name", ["resnet18", "resnext", "mobilenet_v2"])
-def test_a_training_step_is_equal_without_the_dead_channels(name):
+def test_a_training_step_is_equal_without_the_dead_channels(name, by_norms):
     model, sets = network(name)
     generator = torch.Generator().manual_seed(3)
     dead = {
         s.name: torch.randperm(s.size, generator=generator)[: s.size // 2].tolist() for s in sets
     }
-    killed = kill(copy.deepcopy(model), sets, dead)
+    killed = kill(copy.deepcopy(model), sets, dead, by_norms)
     small = compact(killed, None, sets=sets).model
     x = torch.rand(4, 3, SIDE, SIDE, dtype=torch.float64)
     results = []
@@ -217,11 +218,15 @@ def test_a_convolutions_bias_leaves_a_constant_too():
 
 def test_nan_is_no_zero_and_minus_zero_is_one():
     model, sets = tiny()
-    kill(model, sets, {"down": [2, 3]})
+    kill(model, sets, {"down": [2, 3, 4, 5]}, by_norms=True)
     with torch.no_grad():
-        model.down.weight[2] = -0.0
-        model.down.weight[3, 0] = torch.nan
+        model.norm3.weight[2] = -0.0
+        model.norm3.bias[3] = torch.nan
+        # The norm's zero makes NaN of these.
+        model.down.weight[4, 0] = torch.nan
+        model.down.weight[5, 1] = torch.inf
     assert compact(model, EXAMPLE).report.removed == {"down": (2,)}
+    assert zero_dead_columns(model, sets) == 1
 
 
 @pytest.mark.parametrize(("dead", "left"), [(1, 16), (8, 8), (9, 8), (15, 8), (16, 8)])

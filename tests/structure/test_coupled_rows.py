@@ -57,11 +57,51 @@ def test_what_is_no_row_is_left_out_and_said():
     assert rows["stem.weight"] is rows["conv2.weight"] is None
 
 
+def test_norms_alone_are_groups():
+    model = with_statistics(plain())
+    with pytest.warns(UserWarning, match="leaves out the channels of 3: groups='norms' needs"):
+        groups = param_groups(
+            model, l1=1e-5, group_lasso=1e-3, example_inputs=EXAMPLE.double(), groups="norms"
+        )
+    rows, weights = by_name(groups, "rows"), by_name(groups, "row_weights")
+    assert {name for name, number in rows.items() if number is not None} == {"1.weight", "1.bias"}
+    assert rows["1.weight"] == rows["1.bias"]
+    assert weights["1.weight"] == weights["1.bias"] == math.sqrt(2)
+    (first,) = [group for group in groups if "0.weight" in dict(group["params"])]
+    assert first["l1"] == 1e-5
+
+    scores = {"0": 1.0 + torch.arange(12.0).flip(0), "3": torch.ones(10)}
+    with pytest.warns(UserWarning, match="leaves out the channels of 3"):
+        groups = param_groups(
+            model,
+            group_lasso=1e-3,
+            example_inputs=EXAMPLE.double(),
+            groups="norms",
+            importance=scores,
+            min_keep=0.25,
+        )
+    of_set = by_name(groups, "row_weights")["1.weight"]
+    norms = torch.stack([model[1].weight, model[1].bias]).norm(dim=0).detach()
+    ratios = norms / of_set / scores["0"]
+    assert torch.equal(of_set[:3], torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(ratios[3:], ratios[3:4].expand(9))
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="example_inputs is None"):
         param_groups(Tiny(), group_lasso=1e-3)
     with pytest.raises(ValueError, match="group_lasso is -1"):
         param_groups(Tiny(), group_lasso=-1, example_inputs=EXAMPLE)
+    with pytest.raises(ValueError, match="groups is 'norm': must be 'channels' or 'norms'"):
+        param_groups(Tiny(), group_lasso=1e-3, example_inputs=EXAMPLE, groups="norm")
+    with pytest.raises(ValueError, match="groups are for group_lasso, which is 0"):
+        param_groups(Tiny(), groups="norms")
+    bare = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with (
+        pytest.warns(UserWarning, match="leaves out the channels of 0: groups='norms'"),
+        pytest.raises(ValueError, match=r"no channels whose rows can be penalised \(0: groups="),
+    ):
+        param_groups(bare, group_lasso=1e-3, example_inputs=EXAMPLE, groups="norms")
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
     with pytest.raises(ValueError, match="no channels whose rows can be penalised"):
         param_groups(model, group_lasso=1e-3, example_inputs=EXAMPLE)
@@ -80,11 +120,25 @@ def plain():
     ).double()
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-def test_training_after_a_removal_is_training_without(per_row):
+@pytest.mark.filterwarnings("ignore:.*leaves out the channels of 3")
+@pytest.mark.parametrize(
+    ("kind", "per_row"), [("channels", False), ("channels", True), ("norms", False)]
+)
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+def test_training_after_a_removal_is_training_without(kind, per_row, activation):
     model = with_statistics(plain())
+    model[2] = activation()
     example = torch.rand(1, 3, 8, 8, dtype=torch.float64)
-    groups = param_groups(model, l1=1e-4, group_lasso=0.05, example_inputs=example)
+    # So that some die, and not all.
+    strength = 0.1 if kind == "norms" else 0.03 if per_row else 0.04
+    groups = param_groups(
+        model,
+        l1=1e-4,
+        weight_decay=0.01,
+        group_lasso=strength,
+        example_inputs=example,
+        groups=kind,
+    )
     if per_row:
         sizes = {name: len(p) for name, p in model.named_parameters()}
         for group in groups:
@@ -108,7 +162,9 @@ def test_training_after_a_removal_is_training_without(per_row):
     for _ in range(12):
         step(model, optimizer, sets)
     whole, kept = copy.deepcopy((model, optimizer))
-    small = compact(model, example, optimizer, sets=sets).model
+    result = compact(model, example, optimizer, sets=sets)
+    small = result.model
+    assert 0 < len(result.report.removed["0"]) < 11
     removed = sum(p.numel() for p in whole.parameters()) - sum(
         p.numel() for p in small.parameters()
     )

@@ -16,14 +16,14 @@ DEAD = {"stem": [1], "down": [0, 5]}
 
 
 @torch.no_grad()
-def group_shrink(model, sets, threshold):
-    """The proximal map of a group lasso over each channel's producers, in plain loops."""
+def group_shrink(model, sets, threshold, by_norms):
+    """The proximal map of a group lasso over each channel's producers or norms, in plain loops."""
     tensors = dict(model.named_parameters())
     for one in sets:
         for i in range(one.size):
             rows = [
                 tensors[index.tensor].select(index.dim, row)
-                for index in one.producers
+                for index in (by_norms and one.closing_norms) or one.producers
                 for row in index.indices[i]
             ]
             norm = sum(float(row.square().sum()) for row in rows) ** 0.5
@@ -31,12 +31,12 @@ def group_shrink(model, sets, threshold):
                 row.mul_(max(0.0, 1 - threshold / norm) if norm else 0.0)
 
 
-def step(model, optimizer, sets, x, y):
+def step(model, optimizer, sets, x, y, by_norms):
     loss = cross_entropy(model(x), y)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    group_shrink(model, sets, 0.055)
+    group_shrink(model, sets, 0.055, by_norms)
     zero_dead_columns(model, sets, optimizer)
     return loss.item()
 
@@ -66,9 +66,10 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.parametrize("by_norms", [False, True], ids=["channels", "norms"])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_twenty_steps_after_a_removal_are_those_without(kind, activation):
+def test_twenty_steps_after_a_removal_are_those_without(kind, activation, by_norms):
     model = Tiny(activation=activation).double().train()
     x = torch.randn(16, 3, 8, 8, dtype=torch.float64)
     y = torch.randint(4, (16,))
@@ -76,9 +77,9 @@ def test_twenty_steps_after_a_removal_are_those_without(kind, activation):
     optimizer = OPTIMIZERS[kind](model.parameters())
     numbers = {one.name: list(range(one.size)) for one in sets}
     for _ in range(5):
-        step(model, optimizer, sets, x, y)
+        step(model, optimizer, sets, x, y, by_norms)
     # Their own momentum would bring them back, and what reads the stem counts in down's norms.
-    kill(model, sets, {"down": [3], "stem": [0]})
+    kill(model, sets, {"down": [3], "stem": [0]}, by_norms)
     zero_dead_columns(model, sets, optimizer)
 
     whole, whole_optimizer = copy.deepcopy((model, optimizer))
@@ -88,8 +89,10 @@ def test_twenty_steps_after_a_removal_are_those_without(kind, activation):
     assert gone
     left = {one.name: [i for i in range(one.size) if (one.name, i) not in gone] for one in sets}
     for _ in range(20):
-        expected = step(whole, whole_optimizer, sets, x, y)
-        assert abs(step(small, optimizer, small_sets, x, y) - expected) <= 1e-12 * expected
+        expected = step(whole, whole_optimizer, sets, x, y, by_norms)
+        assert (
+            abs(step(small, optimizer, small_sets, x, y, by_norms) - expected) <= 1e-12 * expected
+        )
     died = dead_of(whole, sets, numbers)
     assert died > gone  # more die in these steps
     assert dead_of(small, small_sets, left) == died - gone
@@ -257,12 +260,15 @@ def test_a_grad_scaler_goes_on_between_unscaling_and_the_step():
 def test_columns_of_dead_channels_and_their_state_become_zero():
     model, sets, optimizer = prepared(momentum=0.9)
     model.eval()
+    with torch.no_grad():
+        model.down.weight[5] = 1.0  # behind a norm that is zero
     x = torch.rand(2, 3, 8, 8)
     before = model(x)
     alive = model.fc.weight[:, DOWN].clone()
     assert zero_dead_columns(model, sets, optimizer) == 3
     assert not model.fc.weight[:, [0, 5]].any()
     assert not optimizer.state[model.fc.weight]["momentum_buffer"][:, [0, 5]].any()
+    assert not model.down.weight[[0, 5]].any()
     assert not optimizer.state[model.down.weight]["momentum_buffer"][[0, 5]].any()
     assert not model.fc.weight.grad[:, [0, 5]].any()
     assert torch.equal(model.fc.weight[:, DOWN], alive)
