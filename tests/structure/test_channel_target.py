@@ -336,5 +336,7 @@ def test_what_is_not_the_models_is_refused():
             param_groups(model, group_lasso=1.0, sets=sets, importance={**scores, **change})
     with pytest.raises(ValueError, match="min_keep is 1: must be a share"):
         param_groups(model, group_lasso=1.0, sets=sets, min_keep=1)
-    with pytest.raises(ValueError, match="importance and min_keep are for group_lasso, which is 0"):
+    with pytest.raises(
+        ValueError, match="importance, min_keep and groups are for group_lasso, which is 0"
+    ):
         param_groups(model, min_keep=0.1)

@@ -94,7 +94,7 @@ def test_refusals():
         param_groups(Tiny(), group_lasso=-1, example_inputs=EXAMPLE)
     with pytest.raises(ValueError, match="groups is 'norm': must be 'channels' or 'norms'"):
         param_groups(Tiny(), group_lasso=1e-3, example_inputs=EXAMPLE, groups="norm")
-    with pytest.raises(ValueError, match="groups are for group_lasso, which is 0"):
+    with pytest.raises(ValueError, match="and groups are for group_lasso, which is 0"):
         param_groups(Tiny(), groups="norms")
     bare = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     with (
