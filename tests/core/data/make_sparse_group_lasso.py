@@ -1,6 +1,6 @@
 """Writes sparse_group_lasso.json: skglm's solutions of problems with groups of unequal sizes.
 
-skglm isn't a dependency of the tests: it compiles by numba, which takes 200 MB and half a minute.
+skglm isn't a dependency of the tests: it brings numba and llvmlite, and compiles when used.
 Version 0.5, from the repository's root, in an environment of its own:
 
     pip install skglm==0.5
