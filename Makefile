@@ -12,43 +12,54 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 SOURCES := setup.py pyproject.toml $(shell find csrc resnet_reg_ext -name '*.py' -o -name '*.jinja' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 WHEEL := build/wheel/.done
 
-.PHONY: demo test test-older test-python-reader test-sanitize test-matrix test-aarch64 gpu-check report-check bench bench-quick lint format dist docs clean
+.PHONY: demo test test-main test-beside test-older test-python-reader test-sanitize test-matrix test-aarch64 gpu-check report-check bench bench-quick lint format dist docs clean
 
 demo: .venv/.ready-demo
 	rm -rf out/demo
 	OMP_WAIT_POLICY=passive $(BIN)/resnet-reg compare --out out/demo
 
-# Two processes of tests whose waiting threads leave the cores to each other.
+# Processes of tests, whose waiting threads leave the cores to each other.
 BOTH_CORES := OMP_WAIT_POLICY=passive
 # In the order of collection, which spreads the long files; by their number of tests, those would come last.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 # The run on .venv comes last, so that its summary is the last thing printed.
-test: .venv/.ready test-older test-python-reader test-sanitize
+test: .venv/.ready .venv-older/.ready
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-beside
+	$(MAKE) --no-print-directory test-main
+
+test-main: .venv/.ready
 	$(BOTH_CORES) $(BIN)/pytest $(IN_TWO)
+
+# One process each, so two of them at a time; each prints when it has ended.
+test-beside: test-older test-python-reader test-sanitize
 
 # The same wheel, unchanged, on another torch: what depends on torch and doesn't need the programs
 # of .venv (torchvision, Lightning, ...).
 ANY_TORCH := tests/core tests/distributed tests/packaging -m "not one_torch"
 
 test-older: .venv-older/.ready
-	$(BOTH_CORES) $(OLD)/pytest -q $(IN_TWO) $(ANY_TORCH)
+	$(BOTH_CORES) $(OLD)/pytest -q $(ANY_TORCH)
 
 # The slower way to read tensors, that of a torch without DLPack's C exchange API.
 test-python-reader: .venv/.ready
 	$(BOTH_CORES) RESNET_REG_EXT_TEST_NO_EXCHANGE_API=1 \
-		$(BIN)/pytest -q $(IN_TWO) tests/core -m reads_tensors
+		$(BIN)/pytest -q tests/core -m reads_tensors
 
 # The CPU core built with AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitized
-test-sanitize: .venv/.ready
-	rm -rf $(SANITIZED)
-	RESNET_REG_EXT_SANITIZE=address,undefined RESNET_REG_EXT_CUDA=0 \
-		$(BIN)/pip install $(PIP_FLAGS) --no-deps --target $(SANITIZED) .
+test-sanitize: $(SANITIZED)/.done .venv/.ready
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc $(BOTH_CORES) \
-		$(BIN)/pytest -q -p no:cacheprovider -n 2 tests/core -m "sanitized and not new_process"
+		$(BIN)/pytest -q -p no:cacheprovider tests/core -m "sanitized and not new_process"
+
+# After the wheel: both are built in build/.
+$(SANITIZED)/.done: $(WHEEL)
+	rm -rf $(SANITIZED)
+	RESNET_REG_EXT_SANITIZE=address,undefined RESNET_REG_EXT_CUDA=0 \
+		$(BIN)/pip install $(PIP_FLAGS) --no-deps --target $(SANITIZED) .
+	touch $@
 
 # One wheel on every torch that is supported, from the oldest to the newest; downloads some 15 GB.
 test-matrix: $(WHEEL)

@@ -4,6 +4,7 @@
 that the way for an older torch is taken throughout.
 """
 
+import gc
 import os
 
 import hypothesis
@@ -36,6 +37,12 @@ def pytest_report_header(config):
         f"exchange API: {native.has_exchange_api()}",
         f"instruction counts: {f'not compared, {why_not}' if why_not else 'compared'}",
     ]
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: garbage is looked for in the rest, and so in less time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

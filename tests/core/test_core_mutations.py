@@ -10,9 +10,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import caching_compiler
 import pytest
 
 from resnet_reg_ext import _C
@@ -25,6 +27,7 @@ pytestmark = [
     pytest.mark.one_torch,
     pytest.mark.skipif(_C.simd_level() != "avx2", reason="the bugs are AVX2's"),
 ]
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 class Mutant(NamedTuple):
@@ -252,7 +255,6 @@ class Core:
         self.builder = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = self.builder
         spec.loader.exec_module(self.builder)
-        self.builder.CXX_FLAGS.append("-O1")  # the same bits, compiled in half the time
         self.out = folder / "out"
         self.built = folder / "built"  # of the sources as they are
 
@@ -265,17 +267,19 @@ class Core:
 
     def build(self) -> None:
         module = self.out / Path(_C.__file__).name
-        self.builder.build(self.out, module, "0", False)
+        self.builder.build(self.out, module, _C.build_info()["version"], False)
         shutil.copy(module, self.package)
 
     def failures(self, chosen: str = "") -> str:
         """What pytest prints of the chosen tests that fail."""
         command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
+        if chosen:  # one failure tells
+            command.append("-x")
         path = os.pathsep.join([str(self.package.parent), str(ROOT / "tests")])
         result = subprocess.run(
             [*command, "-c", os.devnull, *TESTS, "-k", chosen],
             cwd=self.package,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"},
+            env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", **NO_PLUGINS},
             capture_output=True,
             text=True,
         )
@@ -284,13 +288,15 @@ class Core:
 
 
 @pytest.fixture(scope="module")
-def core(tmp_path_factory: pytest.TempPathFactory) -> Core:
+def core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Core]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RESNET_REG_EXT_CUDA", "0")
+        compiler = caching_compiler.wrapper(tmp_path_factory.mktemp("compiler") / "c++")
+        patch.setenv("CXX", str(compiler))
         made = Core(tmp_path_factory.mktemp("core"))
         made.build()
         shutil.copytree(made.out, made.built)
-    return made
+        yield made
 
 
 def test_the_sources_as_they_are_pass(core: Core) -> None:
@@ -298,10 +304,7 @@ def test_the_sources_as_they_are_pass(core: Core) -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name.replace(" ", "-"))
-def test_a_planted_bug_is_caught(
-    mutant: Mutant, core: Core, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RESNET_REG_EXT_CUDA", "0")
+def test_a_planted_bug_is_caught(mutant: Mutant, core: Core) -> None:
     path = core.csrc / mutant.file
     source = path.read_text()
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
-import re
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -269,7 +268,7 @@ def compile_plan(csrc: Path, out: Path, defines: Sequence[str] = ()) -> Plan:
     shim = out / "shim.cpp"
     shim.write_text(SHIM_COMMON + SHIM)
     library = out / "plan.so"
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{csrc}", *defines]
+    command = ["g++", "-std=c++17", "-O0", "-shared", "-fPIC", f"-I{csrc}", *defines]
     subprocess.run([*command, shim, csrc / "cuda" / "plan.cpp", "-o", library], check=True)
     code = ctypes.CDLL(str(library))
     code.set_option.argtypes = [ctypes.c_char_p, ctypes.c_double]
@@ -311,21 +310,12 @@ def module_for(
     arch: str,
     csrc: Path = CSRC,
     flags: Sequence[str] = FLAGS,
-    kernels: re.Pattern[str] | None = None,
     source: str = "elements.cu",
 ) -> ptx.Module:
-    """The kernels compiled from a source tree; ``kernels``: the names of those that are wanted."""
-    key = (arch, csrc, tuple(flags), kernels, source)
+    """The kernels compiled from a source tree."""
+    key = (arch, csrc, tuple(flags), source)
     if key not in _modules:
-        text = ptx.compile_ptx(csrc / "cuda" / source, arch, flags)
-        if kernels is not None:
-            text = re.sub(
-                r"^\.visible \.entry (\w+)\(.*?^}\n",
-                lambda entry: entry[0] if kernels.fullmatch(entry[1]) else "",
-                text,
-                flags=re.MULTILINE | re.DOTALL,
-            )
-        _modules[key] = ptx.parse(text)
+        _modules[key] = ptx.parse(ptx.compile_ptx(csrc / "cuda" / source, arch, flags))
     return _modules[key]
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import caching_compiler
 import pytest
 import torch
 
@@ -66,6 +67,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
         "http_proxy": dead,
         "https_proxy": dead,
         "OMP_WAIT_POLICY": "passive",
+        "CXX": str(caching_compiler.wrapper(folder / "c++")),
     }
     result = subprocess.run(
         [python, SCRIPT], env=environment, cwd=folder, capture_output=True, text=True

@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import caching_compiler
 import make_dist
 import pytest
 from ptx import compiler
@@ -86,14 +87,8 @@ def clean_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fast_compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A g++ that doesn't optimise, for tests of what is built and not of how fast it is."""
-    return str(unoptimised(tmp_path_factory.mktemp("compiler") / "c++"))
-
-
-def unoptimised(wrapper: Path) -> Path:
-    wrapper.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
-    wrapper.chmod(0o755)
-    return wrapper
+    """For tests of what is built and not of how fast it is."""
+    return str(caching_compiler.wrapper(tmp_path_factory.mktemp("compiler") / "c++"))
 
 
 def build_wheel(python: str, source: Path, out: Path, **environment: str) -> Path:
@@ -186,7 +181,7 @@ def test_a_compiler_of_ones_own_in_a_folder_that_a_shell_would_expand(
     """What an older version left in the build folder stays out; ninja rebuilds what changed."""
     folder = tmp_path / "for 5 $HOME"
     shutil.copytree(clean_copy, folder, ignore=shutil.ignore_patterns("build", "*.so"))
-    unoptimised(folder / "compiler")
+    caching_compiler.wrapper(folder / "compiler")
     name = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     gone = folder / "build" / name / "resnet_reg_ext" / "gone.py"
     gone.parent.mkdir(parents=True)

@@ -63,14 +63,15 @@ class Token(NamedTuple):
 
 def _tokens(text: str) -> Iterator[Token]:
     line, at = 1, 0
-    while at < len(text):
-        match = _TOKEN.match(text, at)
-        if match is None:
-            raise UnsupportedPTX(f"unexpected character {text[at]!r}", line)
-        if match.lastgroup != "blank":
-            yield Token(match.lastgroup or "", match.group(), line)
-        line += match.group().count("\n")
+    for match in iter(_TOKEN.scanner(text).match, None):
+        kind, found = match.lastgroup or "", match[0]
+        if kind == "blank":  # no other token has a line's end
+            line += found.count("\n")
+        else:
+            yield Token(kind, found, line)
         at = match.end()
+    if at < len(text):
+        raise UnsupportedPTX(f"unexpected character {text[at]!r}", line)
     yield Token("end", "", line)
 
 

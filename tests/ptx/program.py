@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .scalars import ScalarType
 
@@ -132,6 +132,8 @@ class Module:
     kernels: dict[str, Kernel] = field(default_factory=dict)
     shared: list[Variable] = field(default_factory=list)
     files: dict[int, str] = field(default_factory=dict)
+    programs: dict[tuple[str, int, int], Any] = field(default_factory=dict, repr=False)
+    """What launches have made of the kernels: see `steps.compile_kernel`."""
 
     def locate(self, instruction: Instruction) -> str:
         """The source of an instruction as `file:line`."""

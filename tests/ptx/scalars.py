@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,11 +27,11 @@ class ScalarType:
     kind: str
     bits: int
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         return max(self.bits // 8, 1)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> np.dtype:
         """What an operand of this type is viewed as. 16-bit floats and packed types stay bits."""
         if self.kind == "pred":
@@ -41,7 +42,7 @@ class ScalarType:
             return np.dtype(f"f{self.bytes}")
         return np.dtype(f"u{self.bytes}")
 
-    @property
+    @functools.cached_property
     def register_dtype(self) -> np.dtype:
         """What a register of this width is stored as: plain bits, or bool for a predicate."""
         return np.dtype(bool) if self.kind == "pred" else np.dtype(f"u{self.bytes}")

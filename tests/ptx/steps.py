@@ -152,9 +152,18 @@ def _lay_out(variables: list[Variable], symbols: dict[str, int]) -> int:
 def compile_kernel(module: Module, kernel: Kernel, threads: int, dynamic: int) -> Program:
     """Makes a kernel executable for blocks of so many threads and bytes of dynamic shared memory.
 
+    It is kept with the module: launches have no state in a program.
+
     Raises:
         UnsupportedPTX: an instruction is not known.
     """
+    key = (kernel.name, threads, dynamic)
+    if key not in module.programs:
+        module.programs[key] = _compiled(module, kernel, threads, dynamic)
+    return module.programs[key]
+
+
+def _compiled(module: Module, kernel: Kernel, threads: int, dynamic: int) -> Program:
     symbols = {p.name: p.offset for p in kernel.parameters}
     used = {
         getattr(getattr(o, "base", o), "name", None)

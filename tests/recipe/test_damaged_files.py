@@ -14,11 +14,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
-import torchvision
 import yaml
 from test_recipe_runs import SHORT, Signal
 
 from resnet_reg_ext import cli
+from resnet_reg_ext.recipe import model
 from resnet_reg_ext.recipe.files import RecipeError, Stopped
 from resnet_reg_ext.recipe.model import Classifier
 from resnet_reg_ext.recipe.results import ROW, Best, OnTest, Result
@@ -26,7 +26,7 @@ from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import train
 from resnet_reg_ext.recipe.weights import load_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 FOREIGN = [None, "x", -1, 0.5, True, [], {}, [None], {"a": [1]}, float("inf"), "a\0b\nc", 10**400]
 META = torch.zeros(2, device="meta")
@@ -274,8 +274,8 @@ def test_files_of_weights(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def resnet():
-    return torchvision.models.resnet50(num_classes=5).state_dict()
+def resnet(narrow):
+    return model.resnet50(num_classes=5).state_dict()
 
 
 @pytest.mark.parametrize(

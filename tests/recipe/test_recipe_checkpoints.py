@@ -9,7 +9,7 @@ import torch
 from resnet_reg_ext.recipe.callbacks import Checkpoints
 from resnet_reg_ext.recipe.train import be_quiet
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 
 class Given(pl.LightningModule):

@@ -29,7 +29,7 @@ from resnet_reg_ext.recipe.results import Result
 from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import be_quiet, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 
 def refused(arguments, capsys):

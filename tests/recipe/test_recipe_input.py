@@ -24,7 +24,7 @@ from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import train
 from resnet_reg_ext.recipe.weights import load_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 CLASSES = ("cat", "dog")
 

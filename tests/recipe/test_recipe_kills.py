@@ -25,7 +25,7 @@ from resnet_reg_ext.recipe.results import Result
 from resnet_reg_ext.recipe.settings import save_options
 from resnet_reg_ext.recipe.train import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 HOLD = """
@@ -39,7 +39,10 @@ with locked(Path(sys.argv[1])):
 # The command, killed when it is about to give a file its name for the nth time.
 KILLED = """
 import os, sys
+sys.path.append(sys.argv.pop(1))
+import narrow_resnet
 from resnet_reg_ext import cli
+narrow_resnet.install()
 left, rename = int(sys.argv[1]), os.replace
 def replace(*paths):
     global left
@@ -225,7 +228,7 @@ def test_a_comparison_killed_at_any_write_ends_as_one_that_went_through(tmp_path
         if (out / "compare.yaml").exists() and command is begin:
             command = resume
         killed = subprocess.run(
-            [sys.executable, "-c", KILLED, str(nth), *command],
+            [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(nth), *command],
             env=ALONE,
             capture_output=True,
             text=True,

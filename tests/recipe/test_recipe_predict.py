@@ -23,7 +23,7 @@ from resnet_reg_ext.recipe.loaders import transform
 from resnet_reg_ext.recipe.model import load_classifier
 from resnet_reg_ext.recipe.predictions import load_mistakes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 CLASSES = ["cat", "dog, large"]
 

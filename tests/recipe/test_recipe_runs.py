@@ -21,7 +21,7 @@ from resnet_reg_ext.recipe.settings import Run
 from resnet_reg_ext.recipe.train import train
 from resnet_reg_ext.recipe.verdicts import table
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 # One step an epoch.
 SHORT = Run(

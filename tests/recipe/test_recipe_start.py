@@ -15,7 +15,7 @@ from resnet_reg_ext.recipe.model import Classifier
 from resnet_reg_ext.recipe.train import train
 from resnet_reg_ext.recipe.tune import grids
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 
 @pytest.fixture(scope="module")

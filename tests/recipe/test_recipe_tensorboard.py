@@ -14,7 +14,7 @@ from test_recipe_data import make_images
 from resnet_reg_ext import cli
 from resnet_reg_ext.recipe.results import Result
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 
 @pytest.fixture(scope="module")

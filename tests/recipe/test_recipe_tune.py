@@ -27,7 +27,7 @@ from resnet_reg_ext.recipe.trials import Trial, choose
 from resnet_reg_ext.recipe.tune import Budget, order, tune
 from resnet_reg_ext.sparsity import sparsity
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 
 def options_of(run):
