@@ -91,8 +91,8 @@ MUTANTS = [
     Mutant(
         "no barrier before squares are added",
         KERNEL,
-        "span, s.held, true);\n  });\n  __syncthreads();",
-        "span, s.held, true);\n  });",
+        "span, s, true);\n  });\n  __syncthreads();",
+        "span, s, true);\n  });",
         "race",
     ),
     Mutant(
@@ -109,7 +109,7 @@ MUTANTS = [
         "      // the next part",
         "race",
     ),
-    Mutant("momentum of a long row moved twice", KERNEL, "s.held, pass == 1)", "s.held, true)"),
+    Mutant("momentum of a long row moved twice", KERNEL, "span, s, pass == 1)", "span, s, true)"),
     Mutant("ridge in the update too", KERNEL, "made.coefficients.scale = C(1);", ""),
     Mutant("zeros by a product", SPANS, "factor == C(0) ? C(0) : scaled", "scaled"),
     Mutant("factor of a unit's first row", SPANS, "++row;", ""),
