@@ -81,15 +81,15 @@ def test_the_plots_show_the_committed_figures(theme: str) -> None:
         re.findall(r">([^<>]+)</text>", (folder / f"{name}-{theme}.svg").read_text())
         for name in ("accuracy", "speed")
     )
-    runs = json.loads((ROOT / "docs" / "results" / "digits" / "compare.json").read_text())["runs"]
-    for name, seeds in runs.items():
-        ends = [seed["history"][-1] for seed in seeds]
-        train, test, zeros = (
-            statistics.mean(end[key] for end in ends)
-            for key in ("train_accuracy", "test_accuracy", "zeros")
+    for name, seeds in measured("digits").items():
+        if name == "none, stopped early":
+            continue
+        train, test, loss, zeros = (
+            statistics.mean(seed[key] for seed in seeds)
+            for key in ("train_accuracy", "test_accuracy", "test_loss", "zeros")
         )
-        shown = {name, f"{test:.3f}", f"gap {train - test:.3f}", f"{100 * zeros:.0f} % zeros"}
-        assert shown <= set(accuracy)
+        beside = f"loss {loss:.2f}, {100 * zeros:.0f} % zeros"
+        assert {name, f"{test:.3f}", f"gap {train - test:.3f}", beside} <= set(accuracy)
     rows = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())["tables"][0]["rows"]
     medians = {row["key"]: f"{row['ms']['q50']:.1f}" for row in rows}
     for key in ("prox", "sgd_fused", "compile_whole", "compile_tensor", "softshrink", "pat"):
@@ -114,44 +114,63 @@ def test_the_first_example_needs_what_is_installed(tmp_path: Path) -> None:
     assert rows["total"][:2] == ["8", zeros]
 
 
-def test_the_comparison_is_that_of_the_committed_runs() -> None:
-    """Every figure in the README's and the page's table, from the runs' own results."""
-    content = json.loads((ROOT / "docs" / "results" / "digits" / "compare.json").read_text())
-    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/recipe.md")]
-    for name, runs in content["runs"].items():
-        last = [run["history"][-1] for run in runs]
-        assert len(last) == 5
-        for metric in ("train_accuracy", "test_accuracy", "gap"):
-            values = [
-                r[metric] if metric in r else r["train_accuracy"] - r["test_accuracy"] for r in last
-            ]
-            figure = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-            for text in texts:
-                (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} | "))
-                assert figure in row
-        zeros = 100 * statistics.mean(r["zeros"] for r in last)
-        for text in texts:
-            (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} | "))
-            share = row.split("|")[-2].split()[0]
-            assert share == (f"{zeros:.1f}" if zeros > 1 else "0")
+def measured(experiment: str) -> dict[str, list[dict[str, float]]]:
+    """What each seed of each arm of a committed comparison ends with, on its test images."""
+    path = ROOT / "docs" / "results" / experiment / "compare.json"
+    runs = json.loads(path.read_text())["runs"]
+    ends = {
+        name: [{**seed["history"][-1], **seed["test"]} for seed in seeds]
+        for name, seeds in runs.items()
+    }
+    ends["none, stopped early"] = []
+    for seed in runs["none"]:
+        best = seed["best"]
+        (chosen,) = (row for row in seed["history"] if row["epoch"] == best["epoch"])
+        ends["none, stopped early"].append({**chosen, **best["test"]})
+    for seeds in ends.values():
+        for seed in seeds:
+            seed["gap"] = seed["train_accuracy"] - seed["test_accuracy"]
+    return ends
 
 
-def test_what_is_said_of_the_seeds_that_nothing_was_tuned_on() -> None:
-    """From the runs' own results: paired differences, Student's t."""
-    runs = json.loads((ROOT / "docs" / "results" / "digits" / "compare.json").read_text())["runs"]
+@pytest.mark.parametrize(
+    ("experiment", "page", "seeds"),
+    [
+        ("digits", "README.md", 5),
+        ("digits", "docs/recipe.md", 5),
+        ("towards-start", "docs/recipe.md", 3),
+    ],
+)
+def test_the_comparison_is_that_of_the_committed_runs(
+    experiment: str, page: str, seeds: int
+) -> None:
+    """Every figure in a page's table, from the runs' own results."""
+    lines = (ROOT / page).read_text().splitlines()
+    for name, ends in measured(experiment).items():
+        assert len(ends) == seeds
+        figures = []
+        for metric in ("train_accuracy", "test_accuracy", "gap", "test_loss"):
+            values = [end[metric] for end in ends]
+            figures.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+        rows = [line for line in lines if line.startswith(f"| {name} | ")]
+        (row,) = (row for row in rows if all(figure in row for figure in figures))
+        zeros = 100 * statistics.mean(end["zeros"] for end in ends)
+        share = row.split("|")[-2].split()[0]
+        assert share == (f"{zeros:.1f}" if zeros > 1 else "0")
+
+
+@pytest.mark.parametrize("experiment", ["digits", "towards-start"])
+def test_what_is_said_of_differences_over_seeds(experiment: str) -> None:
+    """From the runs' own results: paired differences, Student's t; each is said as it came out."""
     text = (ROOT / "docs" / "recipe.md").read_text().replace("\n", " ")
-
-    def last(name: str, metric: str) -> list[float]:
-        ends = [run["history"][-1] for run in runs[name][1:]]
-        if metric == "gap":
-            return [end["train_accuracy"] - end["test_accuracy"] for end in ends]
-        return [end[metric] for end in ends]
-
-    for name in ("L1", "elastic net"):
-        for metric, sign in (("test_accuracy", "+"), ("gap", "\N{MINUS SIGN}")):
-            pairs = zip(last(name, metric), last("none", metric), strict=True)
-            differences = [a - b for a, b in pairs]
-            mean = statistics.mean(differences)
-            margin = student.ppf(0.975, 3) * statistics.stdev(differences) / 2
-            assert abs(mean) > margin
-            assert f"{sign}{abs(mean):.3f} ± {margin:.3f}" in text
+    ends = measured(experiment)
+    for name, of_name in ends.items():
+        for control in ("none", "none, stopped early"):
+            if name == control or name == "none":
+                continue
+            pairs = zip(of_name, ends[control], strict=True)
+            found = [a["test_loss"] - b["test_loss"] for a, b in pairs]
+            mean, count = statistics.mean(found), len(found)
+            margin = student.ppf(0.975, count - 1) * statistics.stdev(found) / count**0.5
+            sign = "+" if mean > 0 else "\N{MINUS SIGN}"
+            assert f"{sign}{abs(mean):.3f} ± {margin:.3f}" in text, (name, control)
