@@ -55,7 +55,7 @@ def test_a_former_result_is_read(tmp_path):
 
 
 def test_a_former_comparison_is_loaded_as_it_was():
-    content = yaml.safe_load((ROOT / "docs/results/digits/compare.yaml").read_text())
+    content = yaml.safe_load((ROOT / "docs/results/digits-wrong-labels/compare.yaml").read_text())
     assert "val_size" not in content
     settings = upgraded_settings(content)
     assert (settings["val_size"], settings["test_size"], settings["group_by"]) == (500, 0, "none")
