@@ -60,11 +60,14 @@ def _digits(target: dict[str, Any]) -> int:
     return 3 if target["q50"] < 0.2 else 2
 
 
-def side_by_side(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """Medians of several runs, a column each; in bold where the target is missed."""
+def side_by_side(runs: Sequence[dict[str, Any]], targets: Sequence[dict[str, Any]]) -> str:
+    """Medians of several runs, a column each; in bold where one of these targets is missed."""
     rows = []
-    for name, *targets in zip(names, *(run["targets"] for run in runs), strict=True):
-        rows.append((name, f"≤ {targets[0]['target']:.2f}", *map(_median, targets)))
+    measured = [{entry["what"]: entry for entry in run["targets"]} for run in runs]
+    for target in targets:
+        name, limit = target["what"], target["target"]
+        medians = [_median(of_run.get(name, {"missing": True}), limit) for of_run in measured]
+        rows.append((name, f"≤ {limit:.2f}", *medians))
     heads = [
         f"{run['date']}, {run['machine']['cpu_ids'].split(',')[0]}, "
         f"{run['tables'][0]['limit']['gb_per_s']['q50']:.0f} GB/s"
@@ -73,11 +76,11 @@ def side_by_side(runs: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
     return grid(("what", "target", *heads), rows)
 
 
-def _median(target: dict[str, Any]) -> str:
-    if target.get("missing"):
-        return UNMEASURED
-    text = f"{target['q50']:.{_digits(target)}f}"
-    return text if target["met"] else f"**{text}**"
+def _median(measured: dict[str, Any], limit: float) -> str:
+    if measured.get("missing"):
+        return "-"
+    text = f"{measured['q50']:.{_digits(measured)}f}"
+    return text if measured["q50"] <= limit else f"**{text}**"
 
 
 def targets_table(results: dict[str, Any]) -> str:

@@ -92,7 +92,7 @@ def _block(results: dict[str, Any], others: Sequence[dict[str, Any]]) -> str:
         parts += [
             f"Medians of other runs, bold where a target is missed; GB/s are what `addcmul_` moved "
             f"meanwhile, in the run above {main['limit']['gb_per_s']['q50']:.0f}:",
-            markdown.side_by_side(others, [target["what"] for target in results["targets"]]),
+            markdown.side_by_side(others, results["targets"]),
         ]
     parts += [
         f"One step: {markdown.title(main)}. Median (20 % to 80 %).",
