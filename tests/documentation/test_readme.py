@@ -174,3 +174,19 @@ def test_what_is_said_of_differences_over_seeds(experiment: str) -> None:
             margin = student.ppf(0.975, count - 1) * statistics.stdev(found) / count**0.5
             sign = "+" if mean > 0 else "\N{MINUS SIGN}"
             assert f"{sign}{abs(mean):.3f} ± {margin:.3f}" in text, (name, control)
+
+
+def test_the_frontier_of_l1_towards_the_start_is_that_of_the_committed_runs() -> None:
+    path = ROOT / "docs" / "results" / "towards-start" / "frontier.json"
+    runs = json.loads(path.read_text())["runs"]
+    lines = (ROOT / "docs" / "recipe.md").read_text().splitlines()
+    for l1 in {run["l1"] for run in runs}:
+        seeds = [run for run in runs if run["l1"] == l1]
+        assert [run["seed"] for run in seeds] == [0, 1, 2]
+        accuracies = [run["test_accuracy"] for run in seeds]
+        kept = sorted(100 * (1 - run["changed_values"] / run["values"]) for run in seeds)
+        sizes = sorted(run["patch_bytes"] / 1e6 for run in seeds)
+        (row,) = (line for line in lines if line.startswith(f"| {l1:g} | "))
+        assert f"{statistics.mean(accuracies):.3f} ± {statistics.stdev(accuracies):.3f}" in row
+        assert f"{kept[0]:.1f} to {kept[-1]:.1f} %" in row
+        assert f"{sizes[0]:.1f} to {sizes[-1]:.1f}" in row
