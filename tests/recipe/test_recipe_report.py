@@ -25,7 +25,7 @@ from resnet_reg_ext.recipe.run_folders import read_run_folder
 pytestmark = pytest.mark.usefixtures("one_thread", "narrow")
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "a\"><b>&amp;{{ 7*7 }}'"]
-DIGITS = Path(__file__).resolve().parents[2] / "docs" / "results" / "digits"
+DIGITS = Path(__file__).resolve().parents[2] / "docs" / "results" / "digits-wrong-labels"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
