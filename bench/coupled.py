@@ -19,7 +19,7 @@ import resnet_reg_ext
 
 from . import libraries, measure, models, steps, tables
 from .checks import TOLERANCES
-from .keys import COUPLED, MODELS, OURS
+from .keys import COUPLED, LIMIT, MODELS, OURS
 from .measure import MemoryLimit, Step
 from .models import Layout
 from .progress import Progress
@@ -205,7 +205,7 @@ def run(progress: Progress, rounds: int, budget: float, compiles: bool) -> dict[
     prepared[ELEMENTWISE] = steps.switched(prepared[OURS], {"group_lasso": 0.0})
     limit = MemoryLimit(result["elements"], "cpu", torch.float32)
     progress(f"  {len(prepared)} rows in turn")
-    samples = measure.interleave({**prepared, tables.LIMIT: limit}, rounds, budget=budget)
+    samples = measure.interleave({**prepared, LIMIT: limit}, rounds, budget=budget)
     tables.add_times(result, samples, limit, Layout(), result["momentum"])
     for row_result in result["rows"]:
         if row_result["key"] in prepared:

@@ -4,6 +4,7 @@ OURS = "prox"
 FLAT = "flat25m"
 MAIN = "main"
 COUPLED = "coupled"
+LIMIT = "limit"  # the row that moves as many bytes
 MODELS = {
     "resnet50": "ResNet-50",
     "resnet18": "ResNet-18",

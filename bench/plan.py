@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .baselines import BASELINES, COMPILED
-from .keys import FLAT, OURS
-from .keys import MAIN as MAIN_KEY
+from .keys import FLAT, MAIN, OURS
 from .models import Layout
 
 ALL = tuple(BASELINES)
@@ -71,10 +70,10 @@ class Plan:
         return replace(self, tables=tables, rounds=rounds, coupled=(rounds, self.coupled[1]))
 
 
-MAIN = Table(MAIN_KEY, rounds=61, budget=80.0)
+MAIN_TABLE = Table(MAIN, rounds=61, budget=80.0)
 FULL = Plan(
     tables=(
-        MAIN,
+        MAIN_TABLE,
         Table("one_thread", rows=FAST, threads=1),
         Table("bfloat16", rows=FAST, layout=Layout(dtype=torch.bfloat16)),
         Table("channels_last", rows=FEW, layout=Layout(channels_last=True)),
@@ -92,7 +91,7 @@ FULL = Plan(
     cold_starts=7,
 )
 QUICK = Plan(
-    tables=(replace(MAIN, rounds=9, budget=40.0),),
+    tables=(replace(MAIN_TABLE, rounds=9, budget=40.0),),
     left_out=COMPILED,
     sizes=(1_000, 100_000, 10_000_000),
     counts=(1, 100, 10_000),

@@ -9,12 +9,12 @@ import torch
 
 from . import measure, models
 from .baselines import BASELINES
-from .keys import OURS
+from .keys import LIMIT, OURS
 from .measure import MemoryLimit, Step
 from .models import Layout
 from .plan import Plan
 from .progress import Progress
-from .tables import LIMIT, Inputs, prepare
+from .tables import Inputs, prepare
 
 MANY = 10_000_000
 

@@ -10,14 +10,13 @@ import torch
 from . import measure, models, steps
 from .baselines import BASELINES, COMPILED, Baseline
 from .checks import Checker
-from .keys import MODELS, OURS
+from .keys import LIMIT, MODELS, OURS
 from .measure import MemoryLimit, Samples, Step
 from .models import Layout
 from .plan import Table
 from .progress import Progress
 from .steps import Problem, UnavailableError
 
-LIMIT = "limit"
 # Seconds for compiling; a row that would exceed them, judged by the one before, is left out.
 COMPILE_BUDGET = 250.0
 VALUE_SCALE, GRAD_SCALE = 0.02, 1e-3

@@ -6,12 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .keys import COUPLED, OURS
-from .plan import MAIN
+from .keys import COUPLED, LIMIT, MAIN, OURS
 
 Results = dict[str, Any]
-RATIO = "ours_over"
-LIMIT = "limit"
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Target:
 
 
 def _main(results: Results) -> Any:
-    return next(table for table in results["tables"] if table["key"] == MAIN.key)
+    return next(table for table in results["tables"] if table["key"] == MAIN)
 
 
 def _coupled(key: str) -> Callable[[Results], Any]:
@@ -33,7 +30,9 @@ def _coupled(key: str) -> Callable[[Results], Any]:
 
     def find(results: Results) -> Any:
         table = next(table for table in results["tables"] if table["key"] == COUPLED)
-        return table["ratios"]["prox/limit"] if key == LIMIT else _row(table["rows"], key)[RATIO]
+        return (
+            table["ratios"]["prox/limit"] if key == LIMIT else _row(table["rows"], key)["ours_over"]
+        )
 
     return find
 
@@ -44,7 +43,7 @@ def _row(rows: Any, key: str) -> Any:
 
 def _ours_over(key: str) -> Callable[[Results], Any]:
     """ProxSGD's time over a row's in the main table."""
-    return lambda results: _row(_main(results)["rows"], key)[RATIO]
+    return lambda results: _row(_main(results)["rows"], key)["ours_over"]
 
 
 def _ratio(name: str) -> Callable[[Results], Any]:
@@ -53,7 +52,7 @@ def _ratio(name: str) -> Callable[[Results], Any]:
 
 def _host(part: str, key: str) -> Callable[[Results], Any]:
     """ProxSGD's host time over a row's."""
-    return lambda results: _row(results[part]["rows"], key)[RATIO]
+    return lambda results: _row(results[part]["rows"], key)["ours_over"]
 
 
 def _most_tensors(results: Results) -> Any:

@@ -52,9 +52,8 @@ RowLimits row_limits();
 
 // The launches that update all sets, which have one storage and device: one for the sets whose
 // members have no start and one for the others, unless the table of the kernel's parameter is too
-// small for all. `capacity` bounds the sets of one launch; 0: as many
-// as there is room for. Throws std::length_error for a set beyond the limits, or of more rows than
-// a grid can cover.
+// small for all. `capacity` bounds the sets of one launch; 0: as many as there is room for. Throws
+// std::length_error for a set beyond the limits, or of more rows than a grid can cover.
 std::vector<Launch> plan_rows(const std::vector<RowSet>& sets,
                               const std::vector<RowOptions>& options, Storage storage,
                               int64_t capacity = 0);

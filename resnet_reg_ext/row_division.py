@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
 
@@ -20,7 +20,7 @@ from .state import parameter_name, parameter_place
 _Groups = Sequence[Mapping[str, Any]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class CoupledSet:
     """A set as the groups describe it."""
 
@@ -69,12 +69,12 @@ class SetReader:
         ]
         if not any(coefficients):
             return False
-        check_used(groups)
         self._find(groups)
         strengths = (coefficients, list(frozen))
         if strengths != self._strengths or not all(one.constant for one in self._active):
             self._strengths = self._row_sets = None
-            self._active = [one for one in self._sets if _shrinks(one, groups, *strengths)]
+            found = [_active(one, groups, *strengths) for one in self._sets]
+            self._active = [one for one in found if one is not None]
             self._params = [param for one in self._active for _, param in one.members]
             self.coupled = set(map(id, self._params))
             self._strengths = strengths
@@ -85,6 +85,7 @@ class SetReader:
         if len(said) == len(self._said) and all(map(_identical, said, self._said)):
             return
         self._said, self._strengths = [], None
+        check_used(groups)
         for g, group in enumerate(groups):
             check_lists(group, f"ProxSGD: param_groups[{g}]: ", len(group["params"]))
         self._sets = [_set_of(members, groups) for members in members_of(groups).values()]
@@ -109,19 +110,18 @@ class SetReader:
         return self._row_sets
 
 
-def _shrinks(
+def _active(
     one: CoupledSet, groups: _Groups, coefficients: Sequence[float], frozen: Sequence[bool]
-) -> bool:
-    """Whether a step shrinks a set; sets its coefficient and its weights then."""
+) -> CoupledSet | None:
+    """A set with its coefficient and its weights; None where a step doesn't shrink it."""
     for what, values in (("group_lasso", coefficients), ("frozen_zeros", frozen)):
         if len({values[g] for g in one.in_groups}) > 1:
             raise _differs(groups, [place for place, _ in one.members], what, values)
     first = one.in_groups[0]
     if coefficients[first] == 0 or frozen[first]:
-        return False
-    one.coefficient = coefficients[first]
-    one.weights = weights_of(groups, one.members)
-    return True
+        return None
+    weights = weights_of(groups, one.members)
+    return replace(one, coefficient=coefficients[first], weights=weights)
 
 
 def _said(group: Mapping[str, Any]) -> list[Any]:

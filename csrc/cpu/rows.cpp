@@ -182,57 +182,47 @@ void update_rows(const Operands& operands, const void* coefficients, void* to, i
   }
 }
 
-template <typename P, typename C>
+// Scales rows of parameters of type P in the compute type C, or their distances from starts of type
+// W; void: there are none.
+template <typename P, typename C, typename W>
 int64_t scale(const Operands& at, void* weights, int64_t rows, int64_t width, const double* factors,
               double ridge, bool counts) {
+  constexpr bool kStart = !std::is_void_v<W>;
   const C r = static_cast<C>(ridge);
   const bool in_place = at.param == weights;
-  int64_t num_zeros = 0;
+  int64_t count = 0;
   for (int64_t row = 0; row < rows; ++row) {
     C* const w = static_cast<C*>(weights) + row * width;
     P* const p = static_cast<P*>(at.param) + row * width;
+    [[maybe_unused]] const W* start = static_cast<const W*>(at.start);
+    if constexpr (kStart) start += row * width;
     const C factor = static_cast<C>(factors[row]);
-    if (factor == C(0)) {
+    if (!kStart && factor == C(0)) {
       memset(w, 0, static_cast<size_t>(width) * sizeof(C));
     } else if (factor != C(1) || r != C(1)) {
-      for (int64_t i = 0; i < width; ++i) w[i] = prox_sgd::mul_(prox_sgd::mul_(w[i], factor), r);
-    }
-    if (!in_place) {
-      for (int64_t i = 0; i < width; ++i) p[i] = store<P>(w[i]);
-    }
-    if (counts) {
-      for (int64_t i = 0; i < width; ++i) num_zeros += is_zero(p[i]) ? 1 : 0;
-    }
-  }
-  return num_zeros;
-}
-
-// The same of each row's distance from its start, of type W.
-template <typename P, typename C, typename W>
-int64_t scale_towards_start(const Operands& at, void* weights, int64_t rows, int64_t width,
-                            const double* factors, double ridge, bool counts) {
-  const C r = static_cast<C>(ridge);
-  const bool in_place = at.param == weights;
-  int64_t num_at_start = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    C* const w = static_cast<C*>(weights) + row * width;
-    P* const p = static_cast<P*>(at.param) + row * width;
-    const W* const start = static_cast<const W*>(at.start) + row * width;
-    const C factor = static_cast<C>(factors[row]);
-    if (factor != C(1) || r != C(1)) {
       for (int64_t i = 0; i < width; ++i) {
-        const C from = load(start[i]);
-        w[i] = prox_sgd::scale_towards(from, scale_row_towards(from, w[i], factor), r);
+        if constexpr (kStart) {
+          const C from = load(start[i]);
+          w[i] = prox_sgd::scale_towards(from, scale_row_towards(from, w[i], factor), r);
+        } else {
+          w[i] = prox_sgd::mul_(prox_sgd::mul_(w[i], factor), r);
+        }
       }
     }
     if (!in_place) {
       for (int64_t i = 0; i < width; ++i) p[i] = store<P>(w[i]);
     }
     if (counts) {
-      for (int64_t i = 0; i < width; ++i) num_at_start += is_at_start<P>(p[i], start[i]) ? 1 : 0;
+      for (int64_t i = 0; i < width; ++i) {
+        if constexpr (kStart) {
+          count += is_at_start<P>(p[i], start[i]) ? 1 : 0;
+        } else {
+          count += is_zero(p[i]) ? 1 : 0;
+        }
+      }
     }
   }
-  return num_at_start;
+  return count;
 }
 
 // Towards the start only a basic step with momentum has a variant beside the general ones.
@@ -287,7 +277,7 @@ RowKernels row_kernels_for(Storage storage, MomentumMode mode, UpdateForm form,
     using W = typename T::Weight;
     const auto update =
         towards_start ? update_towards_start_for<T>(mode, form) : update_for<T>(mode, form);
-    const auto scale_rows = towards_start ? scale_towards_start<P, C, W> : scale<P, C>;
+    const auto scale_rows = towards_start ? scale<P, C, W> : scale<P, C, void>;
     return RowKernels{
         update,    scale_rows,           sizeof(P), sizeof(typename T::MomentumBuffer), sizeof(C),
         sizeof(W), sizeof(W) < sizeof(C)};

@@ -178,7 +178,7 @@ def _misfits(
                 check_may_be_pure(bucket, part.fused, misfit)
                 unfit[p, misfit.index] = misfit.reason
         for i, param in enumerate(bucket.params):
-            if not param.is_contiguous() and not rows_contiguous(param):
+            if not rows_contiguous(param):
                 unfit.setdefault((p, i), "its rows aren't contiguous in memory")
     for one in sets:
         p, i = one.members[0]

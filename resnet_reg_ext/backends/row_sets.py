@@ -82,8 +82,10 @@ def weights_beside(param: Tensor, weights: Tensor, name: str) -> Tensor:
 
 def rows_contiguous(tensor: Tensor) -> bool:
     """Whether each row of a dense tensor is one block of memory, row after row."""
+    if tensor.is_contiguous():
+        return True
     rows = tensor.shape[0]
-    return tensor.is_contiguous() or rows == 1 or tensor.stride(0) == tensor.numel() // rows
+    return rows == 1 or tensor.stride(0) == tensor.numel() // rows
 
 
 def uniform(parts: Sequence[Part]) -> bool:

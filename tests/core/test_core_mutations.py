@@ -139,13 +139,15 @@ MUTANTS = [
         "bits_of_the_reference",
     ),
     Mutant(
-        "zero groups not counted",
-        ROWS,
-        "if (counts) {\n      for (int64_t i = 0; i < width; ++i) num_zeros +=",
-        "if (counts && factor != C(0)) {\n      for (int64_t i = 0; i < width; ++i) num_zeros +=",
-        "zeros",
+        "zero groups not counted", ROWS, "if (counts) {", "if (counts && factor != C(0)) {", "zeros"
     ),
-    Mutant("zeros by a product", ROWS, "if (factor == C(0)) {", "if (false) {", "at_its_threshold"),
+    Mutant(
+        "zeros by a product",
+        ROWS,
+        "if (!kStart && factor == C(0)) {",
+        "if (false) {",
+        "at_its_threshold",
+    ),
     Mutant(
         "a NaN becomes zero",
         "math/row_factor.h",
